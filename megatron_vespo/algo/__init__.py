@@ -1,0 +1,1 @@
+"""The mathematics: torch and numpy only, no process group, no engine."""

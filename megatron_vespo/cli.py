@@ -1,0 +1,98 @@
+"""The front door: one command per thing a person does; each is one call into the rooms below."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from megatron_vespo.config import ConfigError, SftConfig, TrainConfig, load_config
+from megatron_vespo.types import RunError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, e.g. configs/demo.toml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. loop.max_staleness=0")
+]
+Resume = Annotated[bool, typer.Option(help="Continue the run that run_dir holds; start it where there is none.")]
+DryRun = Annotated[bool, typer.Option(help="Print configuration, rank grid and process plan; start nothing.")]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Train with asynchronous off-policy reinforcement learning."""
+    cfg = load_config(TrainConfig, config, overrides or ())
+    from megatron_vespo.control import plan, run  # torch and ray: slow to import, needless for --help
+
+    _do(dry_run, lambda: plan.describe_train(cfg), lambda: run.train(cfg, resume=resume))
+
+
+@app.command()
+def sft(config: ConfigPath, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Fine-tune on demonstrations, with the same trainer."""
+    cfg = load_config(SftConfig, config, overrides or ())
+    from megatron_vespo.control import plan, run
+
+    _do(dry_run, lambda: plan.describe_sft(cfg), lambda: run.finetune(cfg, resume=resume))
+
+
+@app.command("eval")
+def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Sample the held-out prompts with the configured model and print their mean reward."""
+    cfg = load_config(TrainConfig, config, overrides or ())
+    from megatron_vespo.control import run
+
+    reward, error, num = run.evaluate(cfg)
+    Console().print(f"held-out reward {reward:.4f} +- {error:.4f} (standard error, {num} responses)")
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="A run directory, finished or not.")]) -> None:
+    """Write RUN_DIR/report.html from the run's own files."""
+    from megatron_vespo.diagnose.report import write_report
+
+    Console().print(f"wrote {write_report(run_dir)}")
+
+
+@app.command()
+def demo_inputs(
+    directory: Annotated[Path, typer.Argument(help="Where to write them; existing other files are never replaced.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write the demo's tiny Qwen3 models, arithmetic prompts and demonstrations."""
+    from megatron_vespo.data.demo import write_demo_inputs
+
+    Console().print(f"wrote {write_demo_inputs(directory, seed)}")
+
+
+def main() -> None:
+    """Exit status: 0 done, 2 the configuration is wrong, 1 the run failed, 130 interrupted."""
+    try:
+        app()
+    except ConfigError as err:
+        _fail("ConfigError", str(err), 2)
+    except RunError as err:
+        _fail("RunError", str(err), 1)
+    except KeyboardInterrupt:
+        _fail("Interrupted", "stopped before the run was under way; nothing is lost", 130)
+
+
+def _do(dry_run: bool, describe: Callable[[], str], act: Callable[[], None]) -> None:
+    if dry_run:
+        Console(soft_wrap=True, highlight=False).print(describe(), markup=False)
+    else:
+        act()
+
+
+def _fail(kind: str, message: str, status: int) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"{kind}: {message}", style="red", markup=False)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

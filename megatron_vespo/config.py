@@ -1,0 +1,331 @@
+"""The typed configuration: one TOML file per run, dotted overrides on the command line.
+
+A default is stated once, here.  Unknown keys, wrong types and impossible values are refused before any
+process starts, in the form `<what = value>: <expected, why>; <what to do>`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """The person who wrote the configuration can mend this."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Pair = tuple[float, float]
+
+
+class LayoutConfig(_Section):
+    """The rank grid of the trainer; data * tensor * context * pipeline ranks."""
+
+    tensor: Positive = 1
+    context: Positive = 1
+    pipeline: Positive = 1
+    data: Positive = 1
+    expert: Positive = 1
+    """Ranks over which a layer's experts are divided; taken out of data * context * tensor."""
+    expert_tensor: Positive | None = None
+    """Ranks over which one expert is divided. Default: 1 where expert > 1, else `tensor`."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.context * self.pipeline * self.data
+
+    @property
+    def resolved_expert_tensor(self) -> int:
+        return self.expert_tensor or (1 if self.expert > 1 else self.tensor)
+
+    @model_validator(mode="after")
+    def _expert_gradients_are_right(self) -> LayoutConfig:
+        if self.expert == 1 and self.resolved_expert_tensor != self.tensor:
+            raise ValueError(
+                f"expert_tensor = {self.expert_tensor}: must equal tensor ({self.tensor}) where expert = 1, "
+                "because Megatron-Core 0.16 computes wrong expert gradients otherwise; "
+                "leave expert_tensor out, or set expert > 1"
+            )
+        return self
+
+
+class OptimizerConfig(_Section):
+    """Adam, and what bounds its step."""
+
+    learning_rate: PositiveFloat
+    betas: Pair = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip_grad_norm: PositiveFloat = 1.0
+    warmup_steps: Count = 0
+    """Steps over which the learning rate rises linearly from 0; constant afterwards."""
+    distributed: bool = True
+    """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
+
+
+class TrainerConfig(_Section):
+    """The Megatron-Core ranks."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    """"cpu" adapts Megatron-Core to gloo ranks without CUDA; never chosen silently."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    implementation: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer implementation; "auto" takes Transformer Engine on CUDA where it is installed."""
+    layout: LayoutConfig = LayoutConfig()
+    optimizer: OptimizerConfig
+    max_tokens_per_microbatch: Positive = 16384
+    """Padded tokens one rank's forward pass may hold."""
+    recompute: bool = False
+    """Recompute every layer's activations in the backward pass."""
+    keep_checkpoints: Positive = 2
+    """The newest ones that are kept."""
+    logprob_chunk_tokens: Positive = 1024
+    """Tokens whose full-vocabulary logits exist at one time."""
+    collective_timeout_s: Seconds = 600
+    ray_address: str = "local"
+    """"local" starts a Ray of our own on this machine; "auto" or host:port joins a running cluster."""
+    placement_timeout_s: Seconds = 600
+    """Longest wait for the cluster to have room for all ranks."""
+    megatron: dict[str, Any] = {}
+    """Verbatim fields of Megatron-Core's TransformerConfig; they win over ours."""
+
+    @model_validator(mode="after")
+    def _gloo_gathers_even_shards(self) -> TrainerConfig:
+        if self.device == "cpu" and self.layout.expert > 1 and self.layout.resolved_expert_tensor > 1:
+            raise ValueError(
+                f"layout.expert_tensor = {self.layout.expert_tensor}: must be 1 with device = 'cpu' and "
+                f"expert = {self.layout.expert}, because gloo has no uneven all-gather; set it to 1"
+            )
+        return self
+
+
+class RolloutConfig(_Section):
+    """The SGLang engine."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    """"cpu" starts the stock server with this project's plain-PyTorch platform plugin."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    python: Path | None = None
+    """Interpreter that runs `sglang.launch_server`; default: the one that runs this program."""
+    tensor_parallel: Positive = 1
+    context_length: Positive = 32768
+    """Longest prompt + response, tokens."""
+    max_running_requests: Positive = 256
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """Loopback port; default: a free one."""
+    record_experts: bool = True
+    """Ask the engine for the experts of every token (MoE models only)."""
+    start_timeout_s: Seconds = 600
+    request_timeout_s: Seconds = 600
+    sync_timeout_s: Seconds = 300
+    sync_bucket_bytes: Positive = 512 * 1024**2
+    canary_tolerance: PositiveFloat = 0.5
+    """Largest |trainer logp - engine logp| on the canary that confirms a weight push, nats."""
+    sglang: dict[str, Any] = {}
+    """Verbatim `sglang.launch_server` options, without the leading dashes; they win over ours."""
+
+
+class SamplingConfig(_Section):
+    temperature: PositiveFloat = 1.0
+    max_response_tokens: Positive
+
+
+class PromptsConfig(_Section):
+    """Prompt files in the DAPO-Math layout: parquet or jsonl, one prompt a row.
+
+    Columns: prompt (list of {role, content}), reward_model.ground_truth (the answer),
+    extra_info.index (the uid).
+    """
+
+    train: Path
+    heldout: Path | None = None
+    max_prompt_tokens: Positive
+    on_long_prompt: Literal["error", "skip"] = "error"
+    shuffle: bool = True
+
+
+class RewardConfig(_Section):
+    verifier: Literal["math_verify"] = "math_verify"
+    timeout_s: Seconds = 5
+    """A response whose verification takes longer gets reward 0 and is counted."""
+    num_processes: Positive = 1
+
+
+class VespoConfig(_Section):
+    """phi(W) = W^k exp(lam (1 - W)); pairs are (A >= 0, A < 0)."""
+
+    k: Pair = (2.0, 3.0)
+    lam: Pair = (3.0, 2.0)
+
+
+class AlgorithmConfig(_Section):
+    name: Literal["vespo", "reinforce"] = "vespo"
+    """"reinforce" is coefficient 1: no correction for off-policy data."""
+    advantage_scale: Literal["std", "none"] = "std"
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """The global denominator: response tokens, or sequences, of the whole step."""
+    vespo: VespoConfig = VespoConfig()
+
+
+class LoopConfig(_Section):
+    num_steps: Positive
+    prompts_per_step: Positive
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Responses per prompt; group-relative advantages need at least 2."""
+    max_staleness: Count = 1
+    """Optimizer steps a token may be older than the weights it trains; 0 is synchronous."""
+    eval_every: Count = 0
+    """Steps between held-out evaluations; 0: at the start and the end only."""
+    eval_samples: Positive = 1
+    """Responses per held-out prompt."""
+    save_every: Count = 0
+    """Steps between checkpoints; 0: at the end only."""
+    step_timeout_s: Seconds = 3600
+    """Longest wait for the next batch, or for one optimizer step."""
+
+
+class _RunConfig(_Section):
+    run_dir: Path
+    seed: Count = 0
+    model: Path
+    """Hugging Face directory: config.json, safetensors, tokenizer with a chat template."""
+    trainer: TrainerConfig
+    wandb_project: str | None = None
+
+
+class TrainConfig(_RunConfig):
+    """`megatron-vespo train`: reinforcement learning."""
+
+    prompts: PromptsConfig
+    sampling: SamplingConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    loop: LoopConfig
+
+    @model_validator(mode="after")
+    def _sequences_fit(self) -> TrainConfig:
+        longest = self.prompts.max_prompt_tokens + self.sampling.max_response_tokens
+        if longest > self.rollout.context_length:
+            raise ValueError(
+                f"rollout.context_length = {self.rollout.context_length}: must be at least "
+                f"prompts.max_prompt_tokens + sampling.max_response_tokens = {longest}; raise it or shorten those"
+            )
+        if longest > self.trainer.max_tokens_per_microbatch:
+            raise ValueError(
+                f"trainer.max_tokens_per_microbatch = {self.trainer.max_tokens_per_microbatch}: must hold the "
+                f"longest sequence of {longest} tokens, sequences are never split; raise it"
+            )
+        return self
+
+
+class SftDataConfig(_Section):
+    """Demonstrations: parquet or jsonl with a column `messages` that ends with an assistant turn."""
+
+    train: Path
+    max_tokens: Positive
+    shuffle: bool = True
+
+
+class SftConfig(_RunConfig):
+    """`megatron-vespo sft`: supervised fine-tuning with the same trainer."""
+
+    data: SftDataConfig
+    num_steps: Positive
+    batch_size: Positive
+    """Sequences in one optimizer step, over all ranks."""
+    log_every: Positive = 10
+    """Steps between lines of the live view; metrics.jsonl has every step."""
+    save_every: Count = 0
+    """Steps between checkpoints; 0: at the end only."""
+    step_timeout_s: Seconds = 3600
+
+
+C = TypeVar("C", bound=_RunConfig)
+
+
+def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+    """Read a TOML file and apply `dotted.key=value` overrides, whose values are TOML (or bare strings).
+
+    Raises:
+        ConfigError: naming every field that is unknown, missing, mistyped or out of range.
+    """
+    try:
+        tree = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config = '{path}': no such file; give the path of a TOML file, e.g. configs/demo.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise ConfigError(f"config = '{path}': expected TOML, but {err}; mend that line") from err
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(kind, tree, source=str(path))
+
+
+def parse_config(kind: type[C], tree: dict[str, Any], source: str = "config") -> C:
+    """Check a tree of plain values against `kind` (strict: no coercion between types)."""
+    try:
+        return kind.model_validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as err:
+        lines = [_explain(kind, error) for error in err.errors()]
+        raise ConfigError("\n".join([f"{source}: {len(lines)} problem(s)", *("  " + line for line in lines)])) from None
+
+
+def to_toml(cfg: _RunConfig) -> str:
+    """The resolved configuration as TOML that `load_config` reads back to an equal object."""
+    import tomli_w
+
+    return tomli_w.dumps(cfg.model_dump(mode="json", exclude_none=True))
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override '{override}': expected dotted.key=value; e.g. loop.num_steps=10")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare string needs no quotes on a command line
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override '{override}': '{parent}' is a value, not a table; drop what follows it")
+    tree[leaf] = value
+
+
+def _explain(kind: type[BaseModel], error: Any) -> str:
+    """One house-form line for one pydantic error."""
+    *parents, leaf = error["loc"] or ("",)
+    dotted = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = list(_section_at(kind, parents).model_fields)
+        near = difflib.get_close_matches(str(leaf), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{'.'.join([*map(str, parents), near[0]])}'?" if near else f"known here: {', '.join(known)}."
+        return f"unknown field '{dotted}': {hint}"
+    if error["type"] == "missing":
+        return f"missing field '{dotted}': it has no default; set it in the TOML file."
+    if error["type"] == "value_error":
+        where = f"{dotted}: " if dotted else ""
+        return f"{where}{error['ctx']['error']}."
+    return f"{dotted} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}; change it."
+
+
+def _section_at(kind: type[BaseModel], loc: Sequence[Any]) -> type[BaseModel]:
+    for part in loc:
+        annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
+        options = [annotation, *get_args(annotation)]
+        kind = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), kind)
+    return kind

@@ -1,0 +1,1 @@
+"""Who runs where and when; the only home of ray."""

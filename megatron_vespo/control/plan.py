@@ -1,0 +1,121 @@
+"""Everything about a run that can be known, and refused, before any process starts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_vespo.config import ConfigError, SftConfig, TrainConfig, TrainerConfig, to_toml
+from megatron_vespo.data.prompts import load_demonstrations, load_prompts, load_tokenizer
+from megatron_vespo.rollout.server import command as engine_command
+from megatron_vespo.trainer.hf_config import ModelShape, read_model_shape
+from megatron_vespo.trainer.layout import check_layout, grid
+from megatron_vespo.types import Prompt, TrainSequence
+
+_NUM_CANARIES = 4
+_ANY_PORT = 30000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """A checked configuration with the data it names."""
+
+    cfg: TrainConfig
+    shape: ModelShape
+    prompts: Sequence[Prompt]
+    heldout: Sequence[Prompt]
+
+    @property
+    def canary(self) -> list[TrainSequence]:
+        """Fixed prompts whose log-probs, first token excepted, confirm every weight push."""
+        return [
+            TrainSequence(uid=f"canary {prompt.uid}", token_ids=prompt.token_ids, num_prompt_tokens=1)
+            for prompt in self.prompts[:_NUM_CANARIES]
+        ]
+
+    @property
+    def records_experts(self) -> bool:
+        return self.cfg.rollout.record_experts and self.shape.num_experts > 0
+
+
+def plan_train(cfg: TrainConfig) -> TrainPlan:
+    """Check everything that `train` will need.
+
+    Raises:
+        ConfigError: a file is missing or malformed, or the model cannot be divided over the layout.
+    """
+    shape = _checked_shape(cfg.model, cfg.trainer)
+    engine_command(cfg.rollout, cfg.model, port=_ANY_PORT)  # refuses what the server could not be started with
+    tokenizer = load_tokenizer(cfg.model)
+    prompts = load_prompts(cfg.prompts.train, tokenizer, cfg.prompts)
+    heldout = load_prompts(cfg.prompts.heldout, tokenizer, cfg.prompts) if cfg.prompts.heldout else []
+    return TrainPlan(cfg=cfg, shape=shape, prompts=prompts, heldout=heldout)
+
+
+def plan_sft(cfg: SftConfig) -> Sequence[TrainSequence]:
+    """Check everything that `sft` will need; the tokenized demonstrations.
+
+    Raises:
+        ConfigError: as in `plan_train`.
+    """
+    _checked_shape(cfg.model, cfg.trainer)
+    if cfg.data.max_tokens > cfg.trainer.max_tokens_per_microbatch:
+        raise ConfigError(
+            f"trainer.max_tokens_per_microbatch = {cfg.trainer.max_tokens_per_microbatch}: must hold the longest "
+            f"demonstration of data.max_tokens = {cfg.data.max_tokens}, sequences are never split; raise it"
+        )
+    return load_demonstrations(cfg.data.train, load_tokenizer(cfg.model), cfg.data)
+
+
+def describe_train(cfg: TrainConfig) -> str:
+    """What `train` would do, in words: resolved configuration, rank grid, process plan."""
+    plan = plan_train(cfg)
+    loop = cfg.loop
+    in_flight = (loop.max_staleness + 1) * loop.prompts_per_step
+    processes = [
+        _ranks_line(cfg.trainer),
+        "1 SGLang server, loopback only, on a free port:",
+        f"  {_shell_line(cfg)}",
+        f"{cfg.reward.num_processes} verifier process(es), killed after {cfg.reward.timeout_s:g} s on one response",
+    ]
+    work = [
+        f"{len(plan.prompts)} train prompts, {len(plan.heldout)} held-out prompts",
+        f"{loop.num_steps} steps of {loop.prompts_per_step} prompts x {loop.group_size} responses, "
+        f"at most {in_flight} prompts in flight (staleness <= {loop.max_staleness})",
+    ]
+    return _sections(cfg, grid(cfg.trainer.layout, plan.shape), processes, work)
+
+
+def describe_sft(cfg: SftConfig) -> str:
+    """What `sft` would do, in words."""
+    num = len(plan_sft(cfg))
+    work = [f"{num} demonstrations", f"{cfg.num_steps} steps of {cfg.batch_size}"]
+    shape = read_model_shape(cfg.model)
+    return _sections(cfg, grid(cfg.trainer.layout, shape), [_ranks_line(cfg.trainer)], work)
+
+
+def _checked_shape(model: Path, cfg: TrainerConfig) -> ModelShape:
+    shape = read_model_shape(model)
+    check_layout(cfg.layout, shape)
+    return shape
+
+
+def _shell_line(cfg: TrainConfig) -> str:
+    argv, env = engine_command(cfg.rollout, cfg.model, port=cfg.rollout.port or _ANY_PORT)
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(argv)])
+
+
+def _ranks_line(cfg: TrainerConfig) -> str:
+    backend = "NCCL, one GPU each" if cfg.device == "cuda" else "gloo, CPU"
+    return f"{cfg.layout.world_size} Megatron-Core rank(s) as Ray actors ({backend})"
+
+
+def _sections(cfg: TrainConfig | SftConfig, rank_grid: str, processes: Sequence[str], work: Sequence[str]) -> str:
+    return "\n".join([
+        "# resolved configuration", to_toml(cfg),
+        "# rank grid", rank_grid, "",
+        "# processes", *processes, "",
+        "# work", *work,
+    ])  # fmt: skip

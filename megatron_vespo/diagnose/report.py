@@ -1,0 +1,319 @@
+"""The report: a run directory in, one self-contained HTML page out.
+
+It reads files only (config.toml, environment.json, metrics.jsonl, rollouts/), so that it works while the run
+is going, after a crash, and on another machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_vespo.config import LayoutConfig
+from megatron_vespo.diagnose.history import History, read_history
+from megatron_vespo.diagnose.panels import PHASE_COLORS, RL_SECTIONS, SFT_SECTIONS, Missing, Panel, render
+from megatron_vespo.diagnose.verdicts import judge
+from megatron_vespo.metrics import PHASES, si
+from megatron_vespo.rundir import step_of, write_atomically
+
+_SHOWN_CHARACTERS = 1500
+"""Of a prompt or response in the samples table."""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write run_dir/report.html from what the run has logged so far; its path.
+
+    Raises:
+        ConfigError: the directory is missing, holds no run, or no step has been logged yet.
+    """
+    history = read_history(run_dir)
+    sections = RL_SECTIONS if history.is_rl else SFT_SECTIONS
+    body = [
+        _header(history),
+        _tiles(key_figures(history)),
+        _verdicts(history),
+        *(_section(title, panels, history) for title, panels in sections.items()),
+        _time_table(history),
+        _samples(history),
+        _footer(history),
+    ]
+    page = f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(_name(history))}</title><style>{_CSS}</style></head>\n<body>{''.join(body)}</body></html>\n"
+    file = run_dir / "report.html"
+    write_atomically(file, page.encode())
+    return file
+
+
+def key_figures(history: History) -> list[tuple[str, str, str]]:
+    """(label, value, remark) of every figure the run has the numbers for, most wanted first."""
+    rows = [
+        _heldout_figure(history),
+        ("steps", f"{history.last_step}", f"of {history.num_steps}"),
+        _figure(history, "time/step_s", "step time", "{:.2f} s", "mean"),
+        _figure(history, "throughput/tokens_per_s", "throughput", "{}", "tokens/s, mean"),
+        _token_figure(history),
+        _staleness_figure(history),
+        _figure(history, "algo/phi_mean", "phi(W)", "{:.2f}", "mean over steps; 1 = data counts fully"),
+        _figure(history, "algo/ess_fraction", "ESS", "{:.0%}", "of the batch, by raw W"),
+        _figure(history, "mismatch/k3_nats", "k3", "{:.1e}", "nats, mean over steps"),
+        _figure(history, "mismatch/abs_max_nats", "|Δlogp|", "{:.1e}", "nats, largest of all tokens", np.max),
+        _figure(
+            history, "experts/overlap_mean", "experts agree", "{:.2%}", "trainer and engine, same weights"
+        ),
+        None if history.is_rl else _figure(history, "optim/loss", "loss", "{:.4f}", "last", lambda v: v[-1]),
+    ]
+    return [row for row in rows if row is not None]
+
+
+def _figure(
+    history: History, key: str, label: str, form: str, remark: str, reduce: Any = np.mean
+) -> tuple[str, str, str] | None:
+    _, values = history.series(key)
+    if not len(values):
+        return None
+    value = float(reduce(values))
+    return label, form.format(si(value) if form == "{}" else value), remark
+
+
+def _heldout_figure(history: History) -> tuple[str, str, str] | None:
+    steps, reward = history.series("reward/heldout_mean")
+    if not len(reward):
+        return None
+    if len(reward) == 1:
+        return "held-out reward", f"{reward[0]:.3f}", f"at step {steps[0]}, the only evaluation so far"
+    return (
+        "held-out reward",
+        f"{reward[0]:.3f} → {reward[-1]:.3f}",
+        f"best {reward.max():.3f} at step {steps[reward.argmax()]}",
+    )
+
+
+def _token_figure(history: History) -> tuple[str, str, str] | None:
+    counts = [
+        sum(record["staleness/histogram"]) for record in history.records if "staleness/histogram" in record
+    ]
+    return ("trained on", si(sum(counts)), "response tokens") if counts else None
+
+
+def _staleness_figure(history: History) -> tuple[str, str, str] | None:
+    _, mean = history.series("staleness/mean_steps")
+    _, oldest = history.series("staleness/max_steps")
+    if not len(mean) or not len(oldest):
+        return None
+    bound = history.setting("loop.max_staleness", 1)
+    return "staleness", f"{mean.mean():.2f}", f"steps, mean; oldest {oldest.max():.0f}, bound {bound}"
+
+
+def _name(history: History) -> str:
+    return history.path.resolve().name
+
+
+def _header(history: History) -> str:
+    model = Path(history.setting("model", "?")).name
+    state = {"running": "watch", "complete": "good", "stopped early": "bad"}[history.state]
+    facts = {
+        "model": model,
+        "algorithm": _algorithm(history) if history.is_rl else "supervised fine-tuning",
+        "layout": _layout(history),
+        "precision": f"{history.setting('trainer.dtype', '?')} on {history.setting('trainer.device', '?')}",
+        "seed": str(history.setting("seed", 0)),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(history.started)),
+        "duration": _duration(history.seconds),
+        "versions": ", ".join(f"{name} {version}" for name, version in history.versions.items())
+        or "not recorded",
+    }
+    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+    return (
+        f"<header><h1>{escape(_name(history))}<span class='state {state}'>{history.state}, "
+        f"step {history.last_step} of {history.num_steps}</span></h1><dl>{items}</dl></header>"
+    )
+
+
+def _algorithm(history: History) -> str:
+    name = history.setting("algorithm.name", "vespo")
+    loop = history.config["loop"]
+    batch = f"{loop['prompts_per_step']} prompts x {loop.get('group_size', 8)} responses a step"
+    return f"{name}, staleness ≤ {loop.get('max_staleness', 1)}, {batch}"
+
+
+def _layout(history: History) -> str:
+    layout = LayoutConfig.model_validate(history.setting("trainer.layout", {}))
+    degrees = ("tensor", "context", "pipeline", "data", "expert")
+    split = [f"{name} {getattr(layout, name)}" for name in degrees if getattr(layout, name) > 1]
+    return " x ".join(split) + f" on {layout.world_size} ranks" if split else f"{layout.world_size} rank"
+
+
+def _tiles(figures: Sequence[tuple[str, str, str]]) -> str:
+    tiles = "".join(
+        f"<div class='tile'><div class='label'>{escape(label)}</div><div class='value'>{escape(value)}</div>"
+        f"<div class='remark'>{escape(remark)}</div></div>"
+        for label, value, remark in figures
+    )
+    return f"<section class='tiles'>{tiles}</section>"
+
+
+def _verdicts(history: History) -> str:
+    items = "".join(
+        f"<li class='{verdict.level}'><b>{verdict.level}</b>{escape(verdict.text)}</li>"
+        for verdict in judge(history)
+    )
+    return f"<section><h2>Verdicts</h2><ul class='verdicts'>{items}</ul></section>" if items else ""
+
+
+def _section(title: str, panels: Sequence[Panel], history: History) -> str:
+    figures = "".join(_panel(panel, history) for panel in panels)
+    return f"<section><h2>{escape(title)}</h2><div class='grid'>{figures}</div></section>"
+
+
+def _panel(panel: Panel, history: History) -> str:
+    try:
+        image = base64.b64encode(render(panel, history)).decode()
+        content = f"<img alt='{escape(panel.title)}' src='data:image/svg+xml;base64,{image}'>"
+    except Missing as reason:
+        content = f"<p class='missing'>Not available: {escape(str(reason))}.</p>"
+    return f"<figure><figcaption><b>{escape(panel.title)}</b>{escape(panel.caption)}</figcaption>{content}</figure>"
+
+
+def _time_table(history: History) -> str:
+    _, total = history.series("time/step_s")
+    rows = []
+    for phase in PHASES:
+        _, seconds = history.series(f"time/{phase}_s")
+        if seconds.any():
+            share = seconds.sum() / total.sum() if total.sum() else 0.0
+            bar = f"<div class='bar' style='width:{min(100, 100 * share):.1f}%;background:{PHASE_COLORS[phase]}'></div>"
+            cells = f"<td>{phase}</td><td>{len(seconds)}</td><td>{seconds.mean():.2f} s</td><td>{seconds.max():.2f} s</td><td>{_duration(seconds.sum())}</td><td>{share:.1%}</td>"
+            rows.append(f"<tr>{cells}<td class='wide'>{bar}</td></tr>")
+    if not rows:
+        return ""
+    head = "<tr><th>phase</th><th>times</th><th>mean</th><th>longest</th><th>sum</th><th>of step time</th><th></th></tr>"
+    return f"<section class='card'><h3>Time by phase</h3><table class='numbers'>{head}{''.join(rows)}</table></section>"
+
+
+def _samples(history: History) -> str:
+    if not history.rollout_files:
+        return (
+            "<section><h2>Samples</h2><p class='missing'>Not available: there are no rollout files.</p></section>"
+            if history.is_rl
+            else ""
+        )
+    chosen = dict.fromkeys((history.rollout_files[0], history.rollout_files[-1]))
+    tables = "".join(f"<h3>Step {step_of(file)}</h3>{_sample_table(file)}" for file in chosen)
+    return f"<section class='card'><h2>Samples</h2><p class='hint'>The best and the worst response to the first prompts of the first and the last step.</p>{tables}</section>"
+
+
+def _sample_table(file: Path) -> str:
+    columns = [
+        "uid",
+        "sample",
+        "prompt_text",
+        "response_text",
+        "answer",
+        "reward",
+        "advantage",
+        "coefficient",
+        "train_version",
+        "versions",
+        "finish_reason",
+    ]
+    rows = _best_and_worst(pq.read_table(file, columns=columns), num_prompts=3)
+    head = "<tr><th>prompt</th><th>answer</th><th>response</th><th>end</th><th>reward</th><th>advantage</th><th>staleness</th><th>phi</th></tr>"
+    body = "".join(
+        f"<tr><td>{_text(row['prompt_text'])}</td><td>{_text(row['answer'])}</td><td>{_text(row['response_text'])}</td>"
+        f"<td>{escape(row['finish_reason'])}</td><td>{row['reward']:.2f}</td><td>{row['advantage']:+.2f}</td>"
+        f"<td>{row['train_version'] - np.mean(row['versions']):.1f}</td><td>{row['coefficient']:.2f}</td></tr>"
+        for row in rows
+    )
+    return f"<table class='samples'>{head}{body}</table>"
+
+
+def _best_and_worst(table: pa.Table, num_prompts: int) -> list[dict[str, Any]]:
+    """The rows of highest and lowest advantage among each of the first prompts."""
+    advantage, uids = table["advantage"].to_numpy(), np.array(table["uid"].to_pylist())
+    chosen: list[int] = []
+    for uid in list(dict.fromkeys(uids.tolist()))[:num_prompts]:
+        rows = np.flatnonzero(uids == uid)
+        chosen += dict.fromkeys((int(rows[advantage[rows].argmax()]), int(rows[advantage[rows].argmin()])))
+    return table.take(chosen).to_pylist()
+
+
+def _text(text: str) -> str:
+    cut = (
+        text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + f" … ({len(text)} characters)"
+    )
+    return f"<pre>{escape(cut)}</pre>"
+
+
+def _footer(history: History) -> str:
+    partly = ""
+    if history.files_read < len(history.rollout_files):
+        partly = f" Sequence panels are drawn from {history.files_read} of {len(history.rollout_files)} rollout files."
+    written = time.strftime("%Y-%m-%d %H:%M:%S")
+    return (
+        f"<footer>megatron_vespo report of {escape(str(history.path))}, written {written}.{partly}</footer>"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {rest:02d} s"
+        if minutes
+        else f"{seconds:.1f} s"
+    )
+
+
+_CSS = """
+:root { --ink: #202124; --soft: #5f6368; --line: #e3e5e8; --good: #009e73; --watch: #b97d00; --bad: #d55e00; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1280px; padding: 28px 32px; color: var(--ink); background: #f7f8f9;
+  font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif; }
+h1 { font-size: 26px; margin: 0 0 14px; display: flex; align-items: center; gap: 14px; flex-wrap: wrap; }
+h2 { font-size: 18px; margin: 30px 0 10px; }
+h3 { font-size: 14px; margin: 16px 0 6px; }
+.card h2, .card > h3:first-child { margin-top: 0; }
+header, .card, figure, .tile, .verdicts { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
+header, .card { padding: 18px 22px; }
+.card { margin-top: 16px; overflow-x: auto; }
+.state { font-size: 13px; font-weight: 600; padding: 3px 12px; border-radius: 20px; color: #fff; }
+.state.good { background: var(--good); } .state.watch { background: var(--watch); } .state.bad { background: var(--bad); }
+dl { margin: 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 8px 28px; }
+dl div:last-child { grid-column: 1 / -1; }
+dt, .label, .remark, .hint, figcaption, footer { color: var(--soft); font-size: 12px; }
+dd { margin: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 12px; margin-top: 16px; }
+.tile { padding: 12px 16px; }
+.tile:first-child { grid-column: span 2; }
+.value { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.verdicts { list-style: none; margin: 0; padding: 8px 22px; }
+.verdicts li { padding: 6px 0 6px 14px; border-left: 4px solid; margin: 6px 0; }
+.verdicts b { display: inline-block; width: 60px; font-size: 12px; }
+.verdicts .good { border-color: var(--good); } .verdicts .good b { color: var(--good); }
+.verdicts .watch { border-color: var(--watch); } .verdicts .watch b { color: var(--watch); }
+.verdicts .bad { border-color: var(--bad); } .verdicts .bad b { color: var(--bad); }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 16px; }
+figure { margin: 0; padding: 14px 16px; }
+figure img { width: 100%; display: block; margin-top: 6px; }
+figcaption b { display: block; color: var(--ink); font-size: 14px; }
+.missing { color: var(--soft); font-style: italic; }
+table { border-collapse: collapse; width: 100%; }
+th { text-align: left; font-size: 12px; color: var(--soft); font-weight: 600; }
+th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.numbers td { font-variant-numeric: tabular-nums; white-space: nowrap; vertical-align: middle; }
+.numbers .wide { width: 40%; } .bar { height: 12px; border-radius: 3px; min-width: 1px; }
+.samples td { font-variant-numeric: tabular-nums; }
+pre { margin: 0; font: 12px/1.4 ui-monospace, "Liberation Mono", monospace; white-space: pre-wrap; word-break: break-word;
+  max-height: 190px; overflow-y: auto; min-width: 60px; }
+footer { margin-top: 28px; }
+@media print { body { background: #fff; } figure, .card { break-inside: avoid; } }
+"""

@@ -1,0 +1,370 @@
+"""One SGLang server: a process of its own, started, watched and ended here.
+
+The server is stock.  With device = "cpu" the folder `sglang_cpu/` on its PYTHONPATH adds a plain-PyTorch platform.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from megatron_vespo.config import ConfigError, RolloutConfig
+from megatron_vespo.rollout.model import read_facts
+from megatron_vespo.types import RunError
+
+logger = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+CPU_PLATFORM = Path(__file__).with_name("sglang_cpu")
+TETHER = Path(__file__).with_name("tether.py")
+CPU_POOL_TOKENS = 65536
+CONTEXT_SLACK = 8
+"""SGLang refuses inputs within 6 tokens of its context length, and cuts responses short there without a word."""
+REPORT_EVERY_S = 30.0
+TAIL_LINES = 20
+TERMINATE_WITHIN_S = 10.0
+
+
+class Command(NamedTuple):
+    """How the server is started."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    """Added to our own environment."""
+
+
+def command(cfg: RolloutConfig, model: Path, port: int, *, version: int = 0, seed: int = 0) -> Command:
+    """The server's command line and the environment it adds; starts nothing.
+
+    Args:
+        version: weight version that the weights in `model` are.
+
+    Raises:
+        ConfigError: the interpreter, the model or its tokenizer is missing, or the context exceeds the model's.
+    """
+    facts = read_facts(model)
+    if cfg.context_length > facts.max_positions:
+        raise ConfigError(
+            f"rollout.context_length = {cfg.context_length}: must be at most max_position_embeddings = "
+            f"{facts.max_positions} of '{model}'; lower it"
+        )
+    options: dict[str, Any] = {
+        "model-path": str(model.resolve()),
+        "host": HOST,
+        "port": port,
+        "device": cfg.device,
+        "dtype": cfg.dtype,
+        "tensor-parallel-size": cfg.tensor_parallel,
+        "context-length": cfg.context_length + CONTEXT_SLACK,
+        "max-running-requests": cfg.max_running_requests,
+        "enable-return-routed-experts": cfg.record_experts and facts.is_moe,
+        "weight-version": version,
+        "random-seed": seed,
+        "log-level-http": "warning",
+    }
+    env = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # for CONTEXT_SLACK alone
+    if cfg.device == "cpu":
+        options |= _cpu_options(cfg)
+        env |= _cpu_env(cfg)
+    options |= {key.replace("_", "-"): value for key, value in cfg.sglang.items()}
+    argv = [_interpreter(cfg), "-m", "sglang.launch_server"]
+    return Command((*argv, *(word for option in options.items() for word in _words(*option))), env)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on, outside the range from which the kernel serves others."""
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    low = 20000 if first_ephemeral > 21000 else 10000
+    for port in random.sample(range(low, max(first_ephemeral, low + 1000)), 100):
+        if _is_free(port):
+            return port
+    raise RunError(f"free port = none: 100 loopback ports from {low} on are all in use; set rollout.port")
+
+
+class Server:
+    """A running SGLang server; `async with Server(...)` starts it and ends it with all its children.
+
+    It never outlives this process, not even when that is killed: the kernel then kills the server, whose own
+    children die with it.  Start it from a thread that lives as long as the server is wanted.
+    """
+
+    def __init__(
+        self,
+        cfg: RolloutConfig,
+        model: Path,
+        log: Path,
+        *,
+        version: int = 0,
+        seed: int = 0,
+        progress: Callable[[str], None] = logger.info,
+    ) -> None:
+        """Prepare, start nothing.
+
+        Args:
+            log: file to which the server's output is appended.
+            version: weight version that the weights in `model` are.
+            progress: told every 30 s what is being waited for.
+        """
+        self.model = model
+        self.log = log
+        self._cfg = cfg
+        self._version = version
+        self._seed = seed
+        self._progress = progress
+        self._port = 0
+        self._log_start = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, which is also the id of the process group; None before the start."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Start the process and wait until it answers.
+
+        Raises:
+            ConfigError: what it needs is missing, or the port is taken.
+            RunError: it died (with the end of its log) or missed `start_timeout_s`; nothing is left running.
+        """
+        self._port = self._cfg.port or free_port()
+        if not _is_free(self._port):
+            raise ConfigError(
+                f"rollout.port = {self._port}: in use on {HOST}; leave it out to get a free one"
+            )
+        argv, env = command(self._cfg, self.model, self._port, version=self._version, seed=self._seed)
+        environment = _environment(env)
+        sglang = await asyncio.to_thread(sglang_version, argv[0], environment)
+        if sglang < (0, 5, 23) and "--disable-radix-cache" not in argv:
+            # There a flush is refused while retracted requests wait, so that a pushed weight would meet old keys.
+            argv = (*argv, "--disable-radix-cache")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._spawn(argv, environment)
+            await self._wait_until_healthy()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """End the server's whole process group: SIGTERM, 10 s, SIGKILL.  Safe to call twice.
+
+        Raises:
+            RunError: a process survived SIGKILL.
+        """
+        if self._process is None:
+            return
+        for sig in (signal.SIGTERM, signal.SIGKILL):
+            for pid in _living_members(self._process.pid):
+                _signal(pid, sig)
+            deadline = time.monotonic() + TERMINATE_WITHIN_S
+            while _living_members(self._process.pid):
+                if time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(0.05)
+            else:
+                self._process.wait()
+                return
+        raise RunError(
+            f"server at {self.url} = pids {_living_members(self._process.pid)}: survived SIGKILL for "
+            f"{TERMINATE_WITHIN_S:.0f} s; look for a stuck device driver"
+        )
+
+    def death_report(self) -> str | None:
+        """None while the process lives; else its exit status and the end of its log."""
+        if self._process is None:
+            return "was never started"
+        status = self._process.poll()
+        if status is None:
+            return None
+        how = (
+            f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        )
+        return f"{how}; the end of {self.log}:\n{self._log_tail()}"
+
+    async def __aenter__(self) -> Server:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    def _spawn(self, argv: tuple[str, ...], environment: dict[str, str]) -> None:
+        with self.log.open("ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), *argv],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    async def _wait_until_healthy(self) -> None:
+        began = reported = time.monotonic()
+        timeout = aiohttp.ClientTimeout(total=30)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            while not await _answers(session, f"{self.url}/health"):
+                if report := self.death_report():
+                    raise RunError(f"SGLang server at {self.url}: died while it started, {report}")
+                waited = time.monotonic() - began
+                if waited > self._cfg.start_timeout_s:
+                    raise RunError(
+                        f"SGLang server at {self.url} = not ready: waited {waited:.0f} s for /health; raise "
+                        f"rollout.start_timeout_s, or see the end of {self.log}:\n{self._log_tail()}"
+                    )
+                if time.monotonic() - reported >= REPORT_EVERY_S:
+                    reported = time.monotonic()
+                    last = (self._log_tail().splitlines() or ["(nothing yet)"])[-1]
+                    self._progress(
+                        f"waited {waited:.0f} s for the SGLang server at {self.url}; its last line: {last}"
+                    )
+                await asyncio.sleep(0.25)
+            async with session.get(f"{self.url}/model_info") as answer:
+                served = (await answer.json())["model_path"]
+        # Between our check of the port and its start another server may have come to listen there.
+        if served != str(self.model.resolve()):
+            raise RunError(
+                f"{self.url} = a server of '{served}': expected '{self.model}'; the port is taken, start again"
+            )
+
+    def _log_tail(self) -> str:
+        with self.log.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, end - 8192))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
+
+
+def sglang_version(python: str, environment: Mapping[str, str]) -> tuple[int, ...]:
+    """The version of SGLang that an interpreter would run; imports nothing of it.
+
+    Raises:
+        ConfigError: the interpreter does not run, or has no SGLang.
+    """
+    code = "from importlib.metadata import version; print(version('sglang'))"
+    try:
+        asked = subprocess.run(
+            [python, "-c", code], env=dict(environment), capture_output=True, text=True, timeout=60
+        )
+    except OSError as err:
+        raise ConfigError(
+            f"rollout.python = '{python}': cannot be run ({err}); give a Python interpreter"
+        ) from err
+    if asked.returncode:
+        name = importlib.metadata.PackageNotFoundError.__name__
+        why = "has no sglang" if name in asked.stderr else f"fails: {asked.stderr.strip()[-300:]}"
+        raise ConfigError(
+            f"rollout.python = '{python}': {why}; install sglang there, or name another interpreter"
+        )
+    return tuple(int(part) for part in asked.stdout.strip().split(".")[:3] if part.isdigit())
+
+
+def _interpreter(cfg: RolloutConfig) -> str:
+    python = str(cfg.python) if cfg.python else sys.executable
+    found = shutil.which(python)
+    if found is None:
+        raise ConfigError(
+            f"rollout.python = '{python}': no such program; give the interpreter of the venv with sglang"
+        )
+    return found
+
+
+def _cpu_options(cfg: RolloutConfig) -> dict[str, Any]:
+    """The pool is bounded by tokens: as a share of host memory it would depend on who else starts just now."""
+    return {
+        "attention-backend": "torch_native",
+        "sampling-backend": "pytorch",
+        "grammar-backend": "none",
+        "mem-fraction-static": 0.5,
+        "max-total-tokens": max(
+            cfg.context_length + 2 * CONTEXT_SLACK,
+            min(cfg.max_running_requests * cfg.context_length, CPU_POOL_TOKENS),
+        ),
+    }
+
+
+def _cpu_env(cfg: RolloutConfig) -> dict[str, str]:
+    env = {
+        "PYTHONPATH": str(CPU_PLATFORM),
+        "SGLANG_PLATFORM": "plain_cpu",
+        "SGLANG_USE_CPU_ENGINE": "0",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    if cfg.tensor_parallel > 1:  # SGLang wants the cores of every rank named
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(cfg.tensor_parallel)))
+    return env
+
+
+def _environment(added: Mapping[str, str]) -> dict[str, str]:
+    """Our environment and what is added; PYTHONPATH is prepended, since the user's own may carry the engine."""
+    paths = [p for p in (added.get("PYTHONPATH"), os.environ.get("PYTHONPATH")) if p]
+    return {**os.environ, **added, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """True is a bare flag, False and None leave the option out, a list is several values."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [f"--{name}"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is free
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with session.get(url) as answer:
+            return answer.status == 200
+    except (aiohttp.ClientError, TimeoutError):
+        return False
+
+
+def _living_members(group: int) -> list[int]:
+    """Processes of a process group, without those that are dead and only not yet reaped."""
+    living = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended while we looked
+        if int(pgrp) == group and state not in "ZX":
+            living.append(int(stat.parent.name))
+    return living
+
+
+def _signal(pid: int, sig: signal.Signals) -> None:
+    try:
+        os.kill(pid, sig)
+    except ProcessLookupError:
+        return  # ended by itself

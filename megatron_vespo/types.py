@@ -1,0 +1,186 @@
+"""The nouns that cross rooms, and the protocols between them.
+
+Every record is complete when it is constructed and is never changed; arrays are numpy, so that Ray maps
+them without a copy and no room needs another room's tensor library.
+
+Shape key:  P prompt tokens, T response tokens, N = P + T, L layers with a router, K experts per token,
+            G responses of one prompt, B sequences of one optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Experts = NDArray[np.int16]
+
+
+class RunError(RuntimeError):
+    """The world misbehaved (a process, a server, a number); the message says what, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One row of the prompt file, tokenized with the model's chat template (written by data/)."""
+
+    uid: str
+    token_ids: Ints
+    """[P], ends where the assistant's turn begins."""
+    text: str
+    """The rendered chat template: what `token_ids` spell."""
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionSpan:
+    """Response tokens [start, end) were sampled under weight version `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """What the engine sampled after one prompt, and how (written by rollout/)."""
+
+    token_ids: Ints
+    """[T], the end-of-turn token included when it was sampled."""
+    text: str
+    behavior_logp: Floats
+    """[T], nats, at the sampling temperature, from the forward pass that sampled the token."""
+    spans: tuple[VersionSpan, ...]
+    """Cover [0, T) without gap or overlap, versions ascending."""
+    experts: Experts | None
+    """[N - 1, L, K]: row p holds the experts used while processing token p. None if not recorded."""
+    finish_reason: str
+    """"stop" (end-of-turn sampled) or "length"."""
+
+    @property
+    def versions(self) -> Ints:
+        """[T], the weight version that sampled each token."""
+        return np.concatenate([np.full(s.end - s.start, s.version, np.int32) for s in self.spans])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One prompt with one response, its reward and the advantage relative to its group."""
+
+    prompt: Prompt
+    response: Response
+    reward: float
+    advantage: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The rollouts of one prompt."""
+
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def carries_signal(self) -> bool:
+        """False when every reward is equal: every advantage is then 0."""
+        return len({r.reward for r in self.rollouts}) > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSequence:
+    """One sequence as the trainer sees it."""
+
+    uid: str
+    """Names the sequence in error messages."""
+    token_ids: Ints
+    """[N], prompt and response."""
+    num_prompt_tokens: int
+    """P >= 1: the log-probs of tokens P .. N-1 are trained on (or scored)."""
+    advantage: float = 1.0
+    behavior_logp: Floats | None = None
+    """[T]; None where no importance weight exists (supervised fine-tuning, scoring)."""
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What one engine, trainer or SGLang, computes for one given sequence under one weight version."""
+
+    logp: Floats
+    """[T], nats, at the sampling temperature."""
+    experts: Experts | None
+    """[N - 1, L, K], rows as in `Response.experts`; the order of the K experts means nothing."""
+    entropy: Floats | None = None
+    """[T], nats, of the full next-token distribution; the trainer alone knows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """What one optimizer step computed; sequences are in the order in which they were given."""
+
+    scored: tuple[Scored, ...]
+    """Under the weights *before* the update."""
+    log_w: Doubles
+    """[B], sum over the response of (policy_logp - behavior_logp); 0 where there is no behavior."""
+    coefficient: Doubles
+    """[B], mean over the response's tokens of the detached coefficient; phi(W) for VESPO."""
+    loss: float
+    grad_norm: float
+    """Euclidean norm over all parameters, before clipping."""
+    learning_rate: float
+    time_s: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReport:
+    """One confirmed weight push."""
+
+    version: int
+    num_bytes: int
+    time_s: Mapping[str, float]
+    canary_abs_max: float
+    """Largest |trainer logp - engine logp| over the canary tokens under the new weights, nats."""
+
+
+class Trainer(Protocol):
+    """pi: the policy's weights and their optimizer, on all ranks together."""
+
+    async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
+        """One optimizer step on the whole batch."""
+        ...
+
+    async def publish(self, version: int) -> SyncReport:
+        """Push the current weights into the engine as `version` and confirm that it serves them."""
+        ...
+
+    async def save(self, version: int, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint from which a run resumes after `version` steps."""
+        ...
+
+
+class Engine(Protocol):
+    """mu: whatever samples the responses."""
+
+    async def sample(self, prompt: Prompt, num: int) -> tuple[Response, ...]:
+        """Sample `num` responses to one prompt."""
+        ...
+
+    async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
+        """Log-probs and experts of given sequences under the weights the engine serves now."""
+        ...
+
+
+class Verifier(Protocol):
+    """A rule that computes rewards."""
+
+    async def score(self, prompt: Prompt, responses: Sequence[Response]) -> tuple[float, ...]:
+        """One reward per response."""
+        ...

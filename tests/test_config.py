@@ -1,0 +1,85 @@
+"""The reader is strict, and its messages name the field, the value and the way out."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vespo.config import ConfigError, TrainConfig, load_config, parse_config, to_toml
+
+MINIMAL = """
+run_dir = "runs/x"
+model = "m"
+[trainer.optimizer]
+learning_rate = 1e-6
+[prompts]
+train = "train.parquet"
+max_prompt_tokens = 1024
+[sampling]
+max_response_tokens = 1024
+[loop]
+num_steps = 10
+prompts_per_step = 4
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def refused(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, path, overrides)
+    return str(caught.value)
+
+
+def test_the_resolved_configuration_reads_back_equal(minimal, tmp_path):
+    cfg = load_config(TrainConfig, minimal, ["loop.max_staleness=3", "trainer.layout.tensor=2", "model=some/dir"])
+    assert (cfg.loop.max_staleness, cfg.trainer.layout.tensor, cfg.model) == (3, 2, Path("some/dir"))
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(to_toml(cfg))
+    assert load_config(TrainConfig, resolved) == cfg
+
+
+def test_an_unknown_key_names_its_near_miss(minimal):
+    assert "unknown field 'trainer.layout.tensr': did you mean 'trainer.layout.tensor'?" in refused(
+        minimal, "trainer.layout.tensr=2"
+    )
+    assert "unknown field 'loop.zzz': known here: num_steps, " in refused(minimal, "loop.zzz=2")
+
+
+def test_every_problem_is_listed_at_once(minimal):
+    message = refused(minimal, "loop.num_steps='10'", "rollout.device=gpu", "loop.group_size=1", "lop.x=1")
+    assert "4 problem(s)" in message
+    assert "loop.num_steps = '10': input should be a valid integer" in message
+    assert "rollout.device = 'gpu': input should be 'cpu' or 'cuda'" in message
+    assert "loop.group_size = 1: input should be greater than or equal to 2" in message
+    assert "unknown field 'lop': did you mean 'loop'?" in message
+
+
+def test_a_missing_field_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"missing field 'loop\.num_steps': it has no default"):
+        parse_config(TrainConfig, {"loop": {"prompts_per_step": 1}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["trainer.layout.tensor=2", "trainer.layout.expert_tensor=1"], "wrong expert gradients"),
+        (["trainer.device=cpu", "trainer.layout.expert=2", "trainer.layout.expert_tensor=2"], "no uneven all-gather"),
+        (["rollout.context_length=2000"], "rollout.context_length = 2000: must be at least"),
+        (["trainer.max_tokens_per_microbatch=2000"], "sequences are never split"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(minimal, overrides, expected):
+    assert expected in refused(minimal, *overrides)
+
+
+def test_files_and_overrides_that_are_no_toml_are_refused(minimal, tmp_path):
+    assert "no such file" in refused(tmp_path / "absent.toml")
+    assert "expected dotted.key=value" in refused(minimal, "loop.num_steps")
+    assert "'model' is a value, not a table" in refused(minimal, "model.path=3")
+    minimal.write_text("a = = 1")
+    assert "expected TOML" in refused(minimal)

@@ -1,0 +1,85 @@
+"""Tiny Hugging Face models, and real ranks to train them on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ranks import Pool
+
+from megatron_vespo.config import LayoutConfig, OptimizerConfig, TrainerConfig
+from megatron_vespo.types import TrainSequence
+
+VOCAB = 272
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory):
+    """A random Qwen3-MoE: 4 layers, 8 experts top-2, untied embeddings."""
+    return _write_model(tmp_path_factory.mktemp("moe"), moe=True, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_dense(tmp_path_factory):
+    """A random dense Qwen3 with tied embeddings."""
+    return _write_model(tmp_path_factory.mktemp("dense"), moe=False, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Four processes that import megatron once; grids are built on them one after another."""
+    pool = Pool(4)
+    yield pool
+    pool.close()
+
+
+def trainer_config(*, max_tokens=512, optimizer=None, **layout) -> TrainerConfig:
+    return TrainerConfig(
+        device="cpu",
+        dtype="float32",
+        layout=LayoutConfig(**layout),
+        optimizer=OptimizerConfig(learning_rate=1e-3, **({"distributed": False} | (optimizer or {}))),
+        max_tokens_per_microbatch=max_tokens,
+        logprob_chunk_tokens=16,
+        collective_timeout_s=60,
+    )
+
+
+def make_batch(num=6, seed=0, behavior_noise: float | None = None) -> list[TrainSequence]:
+    """Ragged sequences of 8 to 30 tokens, prompts of 3 to 6; behavior log-probs near log(1 / vocab)."""
+    rng = np.random.default_rng(seed)
+    batch = []
+    for i in range(num):
+        length, num_prompt = int(rng.integers(8, 31)), int(rng.integers(3, 7))
+        behavior = None
+        if behavior_noise is not None:
+            behavior = (-np.log(VOCAB) + behavior_noise * rng.standard_normal(length - num_prompt)).astype(np.float32)
+        batch.append(
+            TrainSequence(
+                uid=f"prompt-{i}",
+                token_ids=rng.integers(0, VOCAB, length).astype(np.int32),
+                num_prompt_tokens=num_prompt,
+                advantage=float(rng.standard_normal()),
+                behavior_logp=behavior,
+            )
+        )
+    return batch
+
+
+def _write_model(directory, *, moe, tie_word_embeddings):
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = dict(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rope_theta=1e6,
+        tie_word_embeddings=tie_word_embeddings, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    if moe:
+        experts = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    model.save_pretrained(directory)
+    (directory / "tokenizer_config.json").write_text("{}\n")
+    return directory

@@ -1,0 +1,191 @@
+"""Real gloo ranks for tests: worker processes that import megatron once and then serve one grid after another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vespo.config import AlgorithmConfig, TrainerConfig
+from megatron_vespo.trainer.layout import Place
+from megatron_vespo.trainer.outputs import merge_scores, merge_step
+from megatron_vespo.types import RunError
+
+
+class Pool:
+    """Worker processes; `grid` builds a trainer on the first n of them, after leaving the grid before."""
+
+    def __init__(self, num: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.workers = []
+        for _ in range(num):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self.workers.append((process, ours))
+
+    def grid(self, cfg: TrainerConfig, model: Path, **options: Any) -> Grid:
+        for i in range(len(self.workers)):
+            self.workers[i][1].send(("leave", ()))
+        self._answers(len(self.workers))
+        world_size, port = cfg.layout.world_size, free_port()
+        places = [Place(rank=r, world_size=world_size, master_addr="127.0.0.1", master_port=port) for r in range(world_size)]
+        settings = {"algorithm": AlgorithmConfig(name="reinforce"), "temperature": 1.0, "seed": 0} | options
+        for (_, pipe), place in zip(self.workers, places, strict=False):
+            pipe.send(("start", (cfg, model, settings, place)))
+        self._answers(world_size)
+        return Grid(self, world_size)
+
+    def call(self, num: int, method: str, *args: Any) -> list[Any]:
+        for _, pipe in self.workers[:num]:
+            pipe.send((method, args))
+        return self._answers(num)
+
+    def _answers(self, num: int) -> list[Any]:
+        answers = []
+        for rank, (process, pipe) in enumerate(self.workers[:num]):
+            assert pipe.poll(120), f"rank {rank} gave no answer in 120 s (alive: {process.is_alive()})"
+            answers.append(pipe.recv())
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+    def close(self) -> None:
+        for process, pipe in self.workers:
+            pipe.close()
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+
+
+class Grid:
+    """All ranks of one trainer, as a driver sees them."""
+
+    def __init__(self, pool: Pool, world_size: int) -> None:
+        self._pool, self._world_size = pool, world_size
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        return self._pool.call(self._world_size, method, *args)
+
+    def step(self, sequences, step_number=0, capture_experts=True):
+        return merge_step(self.call("step", sequences, step_number, capture_experts), sequences)
+
+    def score(self, sequences):
+        return merge_scores(self.call("score", sequences), sequences)
+
+    def gradients(self, sequences) -> dict[str, np.ndarray]:
+        """By Hugging Face name, before clipping; no weight changes."""
+        return self.call("gradients", sequences)[0]
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return self.call("weights")[0]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _serve(pipe: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    worker = _Worker()
+    while True:
+        try:
+            method, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = getattr(worker, method)(*args)
+        except Exception as err:  # noqa: BLE001  # a process boundary: the test process raises it again
+            mine = isinstance(err, RunError | ValueError)
+            answer = err if mine else RuntimeError(traceback.format_exc())
+        pipe.send(answer)
+
+
+class _Worker:
+    """One rank: the methods that a `Grid` calls by name."""
+
+    trainer: Any = None
+
+    def start(self, cfg, model, settings, place) -> None:
+        from megatron_vespo.trainer.step import TrainerRank
+
+        self.trainer = TrainerRank(cfg, model, place=place, **settings)
+
+    def leave(self) -> None:
+        if self.trainer is not None:
+            trainer, self.trainer = self.trainer, None
+            trainer.close()
+
+    def step(self, sequences, step_number, capture_experts):
+        return self.trainer.step(sequences, step_number, capture_experts=capture_experts)
+
+    def score(self, sequences):
+        return self.trainer.score(sequences)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return {name: tensor.numpy() for name, tensor in self.trainer.export()}
+
+    def gradients(self, sequences) -> dict[str, np.ndarray]:
+        from megatron_vespo.trainer.hf_weights import Export
+
+        trainer = self.trainer
+        trainer._ddp.zero_grad_buffer()
+        trainer._run(sequences, 0, train=True, capture_experts=False)
+        export = Export(_Gradients(trainer.model), trainer.shape, trainer.groups)
+        return {name: tensor.numpy().copy() for name, tensor in export.run()}
+
+    def save_hf(self, directory) -> None:
+        self.trainer.save_hf(directory)
+
+    def save(self, directory, step_number, state) -> None:
+        self.trainer.save(directory, step_number, state)
+
+    def load(self, directory):
+        return self.trainer.load(directory)
+
+    def coordinates(self):
+        """This rank's position as megatron's own globals have it."""
+        from megatron.core import parallel_state as ps
+
+        return dict(
+            tensor=ps.get_tensor_model_parallel_rank(),
+            context=ps.get_context_parallel_rank(),
+            data=ps.get_data_parallel_rank(),
+            pipeline=ps.get_pipeline_model_parallel_rank(),
+            expert=ps.get_expert_model_parallel_rank(),
+            expert_tensor=ps.get_expert_tensor_parallel_rank(),
+            expert_data=ps.get_expert_data_parallel_rank(),
+        )
+
+    def poison(self, value: float) -> None:
+        """Overwrite one weight of the last layer norm, on the ranks that hold it."""
+        import torch
+
+        with torch.no_grad():
+            for name, parameter in self.trainer.model.named_parameters():
+                if name == "decoder.final_layernorm.weight":
+                    parameter.fill_(value)
+
+
+class _Gradients:
+    """Looks like the model to `Export`, but its parameters are the accumulated gradients."""
+
+    def __init__(self, model) -> None:
+        self._grads = [(name, p.main_grad) for name, p in model.named_parameters()]
+
+    def named_parameters(self):
+        return iter(self._grads)
+
+    def parameters(self):
+        return (grad for _, grad in self._grads)

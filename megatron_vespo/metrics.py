@@ -107,7 +107,7 @@ def _plain_number(key: str, value: Any, step: int) -> float | int:
 def _open_wandb(project: str, run: RunDirectory) -> Any:
     """A W&B run that is continued when the run directory is."""
     try:
-        import wandb  # an optional dependency, slow to import
+        import wandb  # pyright: ignore[reportMissingImports]  # optional, and slow to import
     except ImportError:
         raise ConfigError(
             f"wandb_project = '{project}': the package wandb is not installed; pip install wandb, or leave it out"

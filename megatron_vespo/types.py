@@ -181,6 +181,9 @@ class Engine(Protocol):
 class Verifier(Protocol):
     """A rule that computes rewards."""
 
+    num_timeouts: int
+    """Responses so far whose verification was ended by its deadline, with reward 0."""
+
     async def score(self, prompt: Prompt, responses: Sequence[Response]) -> tuple[float, ...]:
         """One reward per response."""
         ...

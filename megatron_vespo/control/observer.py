@@ -11,7 +11,7 @@ from megatron_vespo.control.clock import StepClock
 from megatron_vespo.control.measurements import Metrics, step_metrics
 from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rundir import RunDirectory, rollout_rows, write_rollouts
-from megatron_vespo.types import Group, Prompt, Rollout, Scored, StepOutput, SyncReport
+from megatron_vespo.types import Group, Prompt, Rollout, Scored, StepOutput, SyncReport, Verifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,20 @@ class Observer:
     """Turns the loop's events into metrics.jsonl, TensorBoard, rollout files and the live view."""
 
     def __init__(
-        self, cfg: TrainConfig, run: RunDirectory, log: RunLog, view: LiveView, heldout: Sequence[Prompt], start: Progress
+        self,
+        cfg: TrainConfig,
+        run: RunDirectory,
+        log: RunLog,
+        view: LiveView,
+        heldout: Sequence[Prompt],
+        verifier: Verifier,
+        start: Progress,
     ) -> None:
         self.cfg = cfg
         self.heldout = heldout
         self.progress = start
-        self.saved_version = start.version
-        self._run, self._log, self._view = run, log, view
+        self._run, self._log, self._view, self._verifier = run, log, view, verifier
+        self._num_tokens = 0
         self._pending: Metrics = {}
 
     def started(self, report: SyncReport) -> None:
@@ -58,6 +65,7 @@ class Observer:
     def finish(self, clock: StepClock) -> None:
         """Write the step down."""
         self._pending |= {f"time/{phase}_s": seconds for phase, seconds in clock.laps_s.items()}
+        self._pending["verifier/timeouts"] = self._verifier.num_timeouts
         self._pending["time/step_s"] = clock.elapsed_s
         self._pending["throughput/tokens_per_s"] = self._num_tokens / clock.elapsed_s
         self._view.step(self._log.log(self.progress.version, self._pending))
@@ -74,8 +82,7 @@ class Observer:
 
     def saved(self) -> None:
         """A checkpoint of the current version is on disk."""
-        self.saved_version = self.progress.version
-        self._view.event(f"version {self.saved_version}: checkpoint saved")
+        self._view.event(f"version {self.progress.version}: checkpoint saved")
 
     @property
     def first_evaluation_is_due(self) -> bool:

@@ -42,8 +42,9 @@ def train(cfg: TrainConfig, *, resume: bool) -> None:
         start = _rewind(run)
         view = LiveView(f"train {cfg.run_dir}", cfg.loop.num_steps, max_staleness=cfg.loop.max_staleness)
         with RunLog(run, cfg.wandb_project) as log, view, _logging(run, view):
-            observer = Observer(cfg, run, log, view, plan.heldout, start)
-            _run(lambda stop: _train(plan, run, observer, view, stop), view.event)
+            with contextlib.closing(_verifier(cfg)) as verifier:
+                observer = Observer(cfg, run, log, view, plan.heldout, verifier, start)
+                _run(lambda stop: _train(plan, run, verifier, observer, view, stop), view.event)
 
 
 def finetune(cfg: SftConfig, *, resume: bool) -> None:
@@ -75,7 +76,9 @@ def evaluate(cfg: TrainConfig, log_file: Path) -> list[float]:
     return _run(sample_and_verify, logger.warning)
 
 
-async def _train(plan: TrainPlan, run: RunDirectory, observer: Observer, view: LiveView, stop: Stop) -> None:
+async def _train(
+    plan: TrainPlan, run: RunDirectory, verifier: MathVerifier, observer: Observer, view: LiveView, stop: Stop
+) -> None:
     cfg, start = plan.cfg, observer.progress
     async with contextlib.AsyncExitStack() as stack:
         view.event("starting the SGLang server and the trainer's ranks")
@@ -89,7 +92,6 @@ async def _train(plan: TrainPlan, run: RunDirectory, observer: Observer, view: L
             starting.create_task(stack.enter_async_context(server))
         trainer = ready.result()
         engine = await stack.enter_async_context(_engine(plan, server))
-        verifier = stack.enter_context(contextlib.closing(_verifier(cfg)))
         await trainer.connect(engine, server.url, cfg.rollout, plan.canary)
 
         prompts = EpochStream(plan.prompts, cfg.seed, cfg.prompts.shuffle, start.prompts_consumed)

@@ -25,7 +25,7 @@ CORE = Path(importlib.util.find_spec("megatron").submodule_search_locations[0]) 
 NOT_ON_OUR_PATH = (
     "dist_checkpointing/", "distributed/fsdp/", "fp8_utils", "full_cuda_graph", "fusions/", "inference/", "models/hybrid/",
     "models/mimo/", "nccl_allocator", "optimizer/layer_wise_optimizer", "pipeline_parallel/hybrid_cp_schedule",
-    "pipeline_parallel/utils", "rerun_state_machine", "resharding/", "ssm/", "transformer/cuda_graphs",
+    "pipeline_parallel/utils", "pipeline_parallel/fine_grained_activation_offload", "tensor_parallel/data", "rerun_state_machine", "resharding/", "ssm/", "transformer/cuda_graphs",
     "transformer/moe/moe_layer", "transformer/moe/paged_stash", "transformer/moe/token_dispatcher", "energy_monitor",
 )  # fmt: skip
 """Sources with a literal CUDA device that a trainer rank does not reach with our settings (read in 0.16.1, 0.19.2)."""

@@ -1,0 +1,117 @@
+"""Small, honest stand-ins for the collaborators of the loop; the real ones run in tests/endtoend."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_vespo.types import (
+    Prompt,
+    Response,
+    RunError,
+    Scored,
+    StepOutput,
+    SyncReport,
+    TrainSequence,
+    VersionSpan,
+)
+
+NUM_LAYERS, TOP_K = 3, 2
+
+
+def prompt(index: int) -> Prompt:
+    ids = np.arange(1 + index % 3, dtype=np.int32)
+    return Prompt(uid=f"p{index}", token_ids=ids, text="?" * len(ids), answer="1")
+
+
+class FakeEngine:
+    """Serves one weight version; responses have 2 tokens whose log-prob says under which version they were made."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.version = -1
+        self.delay_s = delay_s
+        self.fails_after: int | None = None
+        self.num_sampled = 0
+        self.scored_under: list[int] = []
+
+    async def sample(self, prompt: Prompt, num: int) -> tuple[Response, ...]:
+        version = self.version
+        self.num_sampled += 1
+        if self.fails_after is not None and self.num_sampled > self.fails_after:
+            raise RunError("engine = dead: prompt waited for it; look at its log")
+        await asyncio.sleep(self.delay_s * (self.num_sampled % 3))
+        return tuple(self._response(prompt, version, good=bool(i % 2)) for i in range(num))
+
+    async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
+        self.scored_under.append(self.version)
+        return tuple(_scored(s, logp=_logp(self.version)) for s in sequences)
+
+    def _response(self, prompt: Prompt, version: int, good: bool) -> Response:
+        rows = len(prompt.token_ids) + 1
+        return Response(
+            token_ids=np.array([5, 6], np.int32),
+            text="1" if good else "0",
+            behavior_logp=np.full(2, _logp(version), np.float32),
+            spans=(VersionSpan(version=version, start=0, end=2),),
+            experts=np.zeros((rows, NUM_LAYERS, TOP_K), np.int16) + np.arange(TOP_K, dtype=np.int16),
+            finish_reason="stop",
+        )
+
+
+class FakeTrainer:
+    """Counts its steps; a push makes the engine serve its version."""
+
+    def __init__(self, engine: FakeEngine, version: int = 0, delay_s: float = 0.0) -> None:
+        self.engine = engine
+        self.version = version
+        self.delay_s = delay_s
+        self.events: list[str] = []
+        self.batches: list[list[TrainSequence]] = []
+
+    async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
+        await asyncio.sleep(self.delay_s)
+        self.batches.append(list(sequences))
+        self.events.append(f"step on {self.version}")
+        logp = _logp(self.version)
+        log_w = np.array([float(np.sum(logp - s.behavior_logp)) for s in sequences])
+        self.version += 1
+        return StepOutput(
+            scored=tuple(_scored(s, logp=logp, entropy=True) for s in sequences),
+            log_w=log_w,
+            coefficient=np.exp(-np.abs(log_w)),
+            loss=0.5,
+            grad_norm=1.0,
+            learning_rate=1e-3,
+        )
+
+    async def publish(self, version: int) -> SyncReport:
+        self.events.append(f"publish {version}")
+        self.engine.version = version
+        return SyncReport(version=version, num_bytes=10, time_s={}, canary_abs_max=0.0)
+
+    async def save(self, version: int, state: Mapping[str, Any]) -> None:
+        self.events.append(f"save {version} {dict(state)}")
+
+
+class FakeVerifier:
+    num_timeouts = 0
+
+    async def score(self, prompt: Prompt, responses: Sequence[Response]) -> tuple[float, ...]:
+        return tuple(float(response.text == prompt.answer) for response in responses)
+
+
+def _logp(version: int) -> float:
+    return -0.1 * (1 + version)
+
+
+def _scored(sequence: TrainSequence, logp: float, entropy: bool = False) -> Scored:
+    num = sequence.num_response_tokens
+    rows = len(sequence.token_ids) - 1
+    return Scored(
+        logp=np.full(num, logp, np.float32),
+        experts=np.zeros((rows, NUM_LAYERS, TOP_K), np.int16) + np.arange(TOP_K, dtype=np.int16),
+        entropy=np.full(num, 0.7, np.float32) if entropy else None,
+    )

@@ -1,0 +1,169 @@
+"""The loop against fakes: order of events, staleness, what is logged, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from megatron_vespo.config import TrainConfig, parse_config, to_toml
+from megatron_vespo.control import loop
+from megatron_vespo.control.buffer import GroupBuffer
+from megatron_vespo.control.observer import Observer, Progress
+from megatron_vespo.data.prompts import EpochStream
+from megatron_vespo.metrics import LiveView, RunLog
+from megatron_vespo.rundir import RunDirectory
+from megatron_vespo.types import RunError
+from tests.control.fakes import FakeEngine, FakeTrainer, FakeVerifier, prompt
+
+
+def config(run_dir: Path, **loop_options) -> TrainConfig:
+    return parse_config(TrainConfig, {
+        "run_dir": str(run_dir),
+        "model": "none",
+        "prompts": {"train": "none.parquet", "max_prompt_tokens": 8},
+        "sampling": {"max_response_tokens": 8},
+        "trainer": {"optimizer": {"learning_rate": 1e-3}},
+        "loop": {"num_steps": 6, "prompts_per_step": 2, "group_size": 4, "step_timeout_s": 20, **loop_options},
+    })  # fmt: skip
+
+
+class Scenario:
+    """A run of the real loop, observer and files on fake collaborators."""
+
+    def __init__(self, run_dir: Path, start: Progress | None = None, **loop_options) -> None:
+        start = start or Progress()
+        self.cfg = config(run_dir, **loop_options)
+        self.engine = FakeEngine(delay_s=0.002)
+        self.trainer = FakeTrainer(self.engine, version=start.version)
+        self.start = start
+        self.path = run_dir
+        self.text = io.StringIO()
+
+    def run(self, meanwhile=None) -> list[dict]:
+        cfg, start = self.cfg, self.start
+        view = LiveView("test", cfg.loop.num_steps, console=Console(file=self.text, width=250))
+        with RunDirectory(self.path, to_toml(cfg), resume=start.version > 0) as run, RunLog(run) as log, view:
+            self.observer = Observer(cfg, run, log, view, [prompt(99)], FakeVerifier(), start)
+            asyncio.run(self._run(meanwhile))
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    async def _run(self, meanwhile) -> None:
+        prompts = EpochStream([prompt(i) for i in range(50)], seed=0, shuffle=False, start=self.start.prompts_consumed)
+        self.buffer = GroupBuffer(
+            prompts_per_step=self.cfg.loop.prompts_per_step,
+            max_staleness=self.cfg.loop.max_staleness,
+            version=self.start.version,
+        )
+        if meanwhile:
+            background = asyncio.ensure_future(meanwhile(self))
+        await loop.train(
+            self.cfg, prompts, self.engine, FakeVerifier(), self.trainer, self.observer, self.buffer
+        )
+        if meanwhile:
+            await background
+
+
+@pytest.mark.parametrize("bound", [0, 1, 3])
+def test_staleness_reaches_its_bound_and_never_exceeds_it(tmp_path, bound):
+    records = Scenario(tmp_path / "run", max_staleness=bound, num_steps=8).run()
+    measured = [r["staleness/max_steps"] for r in records if r["step"] > 0]
+    assert max(measured) == bound
+    if bound == 0:
+        assert measured == [0] * 8
+
+
+def test_every_step_publishes_its_weights_before_the_next_one(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=3)
+    scenario.run()
+    assert scenario.trainer.events[:-1] == [
+        "publish 0", "step on 0", "publish 1", "step on 1", "publish 2", "step on 2", "publish 3",
+    ]  # fmt: skip
+    assert scenario.trainer.events[-1] == "save 3 {'version': 3, 'prompts_consumed': 6}"
+
+
+def test_the_batch_is_rescored_under_the_weights_that_are_trained(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=4)
+    records = scenario.run()
+    assert scenario.engine.scored_under == [0, 1, 2, 3]
+    for record in records[1:]:
+        # log W = mismatch + staleness, and these engines agree on equal weights
+        assert record["mismatch/abs_max_nats"] < 1e-6
+        assert record["stale/seq_nats_mean"] == pytest.approx(record["algo/log_w_mean"], abs=1e-6)
+        # each version lowers each of the 2 tokens' log-prob by 0.1
+        assert record["algo/log_w_mean"] == pytest.approx(-0.2 * record["staleness/mean_steps"], abs=1e-6)
+
+
+def test_prompts_are_trained_in_stream_order_each_once(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=6, max_staleness=2)
+    scenario.run()
+    uids = [s.uid for batch in scenario.trainer.batches for s in batch]
+    assert uids == [f"p{i}" for i in range(12) for _ in range(4)]
+
+
+def test_a_resumed_run_continues_where_the_first_stopped(tmp_path):
+    first = Scenario(tmp_path / "run", num_steps=2)
+    first.run()
+    progress = first.observer.progress
+    second = Scenario(tmp_path / "run", start=progress, num_steps=4)
+    records = second.run()
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4]
+    uids = [b[0].uid for b in first.trainer.batches + second.trainer.batches]
+    assert uids == ["p0", "p2", "p4", "p6"]
+    assert second.trainer.events[0] == "publish 2"
+
+
+def test_evaluations_and_checkpoints_come_when_they_are_due(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=5, eval_every=2, save_every=3, eval_samples=4)
+    records = scenario.run()
+    assert [r["step"] for r in records if "reward/heldout_mean" in r] == [0, 2, 4, 5]
+    assert records[0]["reward/heldout_mean"] == 0.5  # every second response is right
+    assert [e.split()[1] for e in scenario.trainer.events if e.startswith("save")] == ["3", "5"]
+
+
+def test_closing_the_buffer_ends_the_run_after_the_step_in_progress(tmp_path):
+    async def stop_soon(scenario: Scenario) -> None:
+        while scenario.trainer.version < 2:
+            await asyncio.sleep(0.001)
+        await scenario.buffer.close()
+
+    scenario = Scenario(tmp_path / "run", num_steps=1000)
+    records = scenario.run(stop_soon)
+    assert 2 <= records[-1]["step"] < 1000
+    assert records[-1]["step"] == scenario.observer.progress.version == scenario.trainer.version
+
+
+def test_a_dead_engine_ends_the_run_with_its_own_message(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=1000)
+    scenario.engine.fails_after = 12
+    with pytest.raises(ExceptionGroup) as caught:
+        scenario.run()
+    assert caught.value.subgroup(RunError) is not None
+    assert 1 <= scenario.observer.progress.version < 1000
+
+
+def test_a_trainer_that_hangs_is_named_at_the_deadline(tmp_path):
+    scenario = Scenario(tmp_path / "run", step_timeout_s=0.2)
+    scenario.trainer.delay_s = 60
+    with pytest.raises(ExceptionGroup) as caught:
+        scenario.run()
+    (error,) = caught.value.exceptions
+    assert "step 1: the loop has waited 0 s for 'train'" in str(error) and "loop.step_timeout_s = 0.2" in str(error)
+
+
+def test_rollout_files_hold_what_training_needs(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=2)
+    scenario.run()
+    table = pq.read_table(tmp_path / "run" / "rollouts" / "step_000002.parquet").to_pylist()
+    assert len(table) == 8 and {row["uid"] for row in table} == {"p2", "p3"}
+    assert sorted({row["reward"] for row in table}) == [0.0, 1.0]
+    assert table[0]["response_ids"] == [5, 6] and len(table[0]["behavior_logp"]) == 2
+
+
+def test_the_log_names_the_verifiers_timeouts(tmp_path):
+    assert Scenario(tmp_path / "run", num_steps=1).run()[1]["verifier/timeouts"] == 0

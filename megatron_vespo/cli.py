@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,7 @@ import typer
 from rich.console import Console
 
 from megatron_vespo.config import ConfigError, SftConfig, TrainConfig, load_config
-from megatron_vespo.types import RunError
+from megatron_vespo.types import Interrupted, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,7 +31,11 @@ def train(config: ConfigPath, overrides: Overrides = None, resume: Resume = Fals
     cfg = load_config(TrainConfig, config, overrides or ())
     from megatron_vespo.control import plan, run  # torch and ray: slow to import, needless for --help
 
-    _do(dry_run, lambda: plan.describe_train(cfg), lambda: run.train(cfg, resume=resume))
+    if dry_run:
+        _print(plan.describe_train(cfg))
+    else:
+        with _reported(cfg.run_dir):
+            run.train(cfg, resume=resume)
 
 
 @app.command()
@@ -38,7 +44,11 @@ def sft(config: ConfigPath, overrides: Overrides = None, resume: Resume = False,
     cfg = load_config(SftConfig, config, overrides or ())
     from megatron_vespo.control import plan, run
 
-    _do(dry_run, lambda: plan.describe_sft(cfg), lambda: run.finetune(cfg, resume=resume))
+    if dry_run:
+        _print(plan.describe_sft(cfg))
+    else:
+        with _reported(cfg.run_dir):
+            run.finetune(cfg, resume=resume)
 
 
 @app.command("eval")
@@ -47,8 +57,9 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     cfg = load_config(TrainConfig, config, overrides or ())
     from megatron_vespo.control import run
 
-    reward, error, num = run.evaluate(cfg)
-    Console().print(f"held-out reward {reward:.4f} +- {error:.4f} (standard error, {num} responses)")
+    rewards = run.evaluate(cfg, cfg.run_dir / "logs" / "sglang-eval.log")
+    error = statistics.stdev(rewards) / len(rewards) ** 0.5
+    _print(f"held-out reward {statistics.mean(rewards):.4f} +- {error:.4f} (standard error, {len(rewards)} responses)")
 
 
 @app.command()
@@ -56,7 +67,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run directory, finish
     """Write RUN_DIR/report.html from the run's own files."""
     from megatron_vespo.diagnose.report import write_report
 
-    Console().print(f"wrote {write_report(run_dir)}")
+    _print(f"wrote {write_report(run_dir)}")
 
 
 @app.command()
@@ -67,7 +78,7 @@ def demo_inputs(
     """Write the demo's tiny Qwen3 models, arithmetic prompts and demonstrations."""
     from megatron_vespo.data.demo import write_demo_inputs
 
-    Console().print(f"wrote {write_demo_inputs(directory, seed)}")
+    _print(f"wrote {write_demo_inputs(directory, seed)}")
 
 
 def main() -> None:
@@ -78,15 +89,26 @@ def main() -> None:
         _fail("ConfigError", str(err), 2)
     except RunError as err:
         _fail("RunError", str(err), 1)
-    except KeyboardInterrupt:
-        _fail("Interrupted", "stopped before the run was under way; nothing is lost", 130)
+    except Interrupted as err:
+        _fail("Interrupted", str(err), 130)
 
 
-def _do(dry_run: bool, describe: Callable[[], str], act: Callable[[], None]) -> None:
-    if dry_run:
-        Console(soft_wrap=True, highlight=False).print(describe(), markup=False)
-    else:
-        act()
+@contextlib.contextmanager
+def _reported(run_dir: Path) -> Iterator[None]:
+    """Write the report of a run that ends, also of one that fails or is interrupted."""
+    from megatron_vespo.diagnose.report import write_report
+
+    try:
+        yield
+    except (RunError, Interrupted):
+        with contextlib.suppress(RunError, ConfigError):  # the failure is the news, not that it left nothing to plot
+            _print(f"report: {write_report(run_dir)}")
+        raise
+    _print(f"report: {write_report(run_dir)}")
+
+
+def _print(text: str) -> None:
+    Console(soft_wrap=True, highlight=False).print(text, markup=False)
 
 
 def _fail(kind: str, message: str, status: int) -> None:

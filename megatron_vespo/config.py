@@ -132,6 +132,8 @@ class RolloutConfig(_Section):
     request_timeout_s: Seconds = 600
     sync_timeout_s: Seconds = 300
     sync_bucket_bytes: Positive = 512 * 1024**2
+    sync_backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """How weights travel; "auto" is gloo on CPU, else NCCL, which needs trainer and engine on different GPUs."""
     canary_tolerance: PositiveFloat = 0.5
     """Largest |trainer logp - engine logp| on the canary that confirms a weight push, nats."""
     sglang: dict[str, Any] = {}

@@ -7,6 +7,7 @@ TensorBoard and Weights & Biases are copies.  A list (one number per layer, or p
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import textwrap
@@ -30,6 +31,7 @@ from megatron_vespo.config import ConfigError
 from megatron_vespo.rundir import RunDirectory, read_metrics
 from megatron_vespo.types import RunError
 
+logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
 
@@ -239,6 +241,7 @@ class LiveView:
 
     def event(self, text: str) -> None:
         """Something happened, or is being waited for."""
+        logger.info(text)
         line = f"{time.strftime('%H:%M:%S')}  {text}"
         self._events = [*self._events, line][-4:]
         self._print(line)

@@ -26,6 +26,10 @@ class RunError(RuntimeError):
     """The world misbehaved (a process, a server, a number); the message says what, and what to do."""
 
 
+class Interrupted(Exception):
+    """A person or the scheduler stopped the run; the message says what was kept, and how to go on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One row of the prompt file, tokenized with the model's chat template (written by data/)."""

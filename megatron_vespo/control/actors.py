@@ -70,13 +70,15 @@ class RankActor:
             spec.cfg, spec.model, spec.algorithm, temperature=spec.temperature, seed=spec.seed, place=place
         )
 
-    def connect(self, engine_url: str, model: Path, cfg: RolloutConfig, device: str) -> None:
+    def connect(self, engine_url: str, model: Path, cfg: RolloutConfig) -> None:
         """Join the engine's weight-transfer group (rank 0 only)."""
+        device = self._rank.groups.device
+        backend = cfg.sync_backend if cfg.sync_backend != "auto" else "gloo" if device.type == "cpu" else "nccl"
         self._sync = WeightSync.connect(
             engine_url,
             model,
-            backend="gloo" if device == "cpu" else "nccl",
-            device=self._rank.groups.device,
+            backend=backend,
+            device=device,
             bucket_bytes=cfg.sync_bucket_bytes,
             timeout_s=cfg.sync_timeout_s,
         )
@@ -158,8 +160,7 @@ class TrainerGroup:
             canary: fixed sequences on whose log-probs both engines must agree within cfg.canary_tolerance.
         """
         self._engine, self._canary, self._tolerance = engine, list(canary), cfg.canary_tolerance
-        spec = self._spec
-        await self._gather([self._actors[0].connect.remote(url, spec.model, cfg, spec.cfg.device)])
+        await self._gather([self._actors[0].connect.remote(url, self._spec.model, cfg)])
 
     async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
         outputs = await self._all("step", ray.put(list(sequences)), self._version, self._records_experts)

@@ -25,14 +25,10 @@ from megatron_vespo.rollout.client import SGLangEngine
 from megatron_vespo.rollout.server import Server
 from megatron_vespo.rundir import RunDirectory
 from megatron_vespo.trainer.checkpoint import latest, read_state
-from megatron_vespo.types import RunError, TrainSequence
+from megatron_vespo.types import Interrupted, RunError, TrainSequence
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Interrupted(KeyboardInterrupt):
-    """A person or the scheduler stopped the run; the message says what was kept."""
 
 
 def train(cfg: TrainConfig, *, resume: bool) -> None:

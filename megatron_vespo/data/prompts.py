@@ -180,8 +180,8 @@ def _demonstration(row: _Row, tokenizer: PreTrainedTokenizerBase, front: Ints, w
             f"{len(stops)} times, because the engine stops at it; mend the row, or set eos_token in "
             "tokenizer_config.json to the token with which the chat template ends a turn"
         )
-    tail = str(tokenizer.decode(response[stops[0] + 1 :]))
-    if tail.strip():
+    rest = response[stops[0] + 1 :]
+    if len(rest) and (tail := str(tokenizer.decode(rest))).strip():
         raise ConfigError(
             f"{row.where}: the chat template writes {tail!r} after the end-of-turn token, where the engine stops; "
             "use a template that ends a turn there"

@@ -96,7 +96,7 @@ class History:
         return np.array([(record["time"] - self.started) / 60 for record in self.records if key in record])
 
     def setting(self, dotted: str, default: Any) -> Any:
-        """A value of the configuration, e.g. setting("loop.max_staleness", 1)."""
+        """A value of the configuration that some runs lack, e.g. setting("rollout.dtype", "bfloat16")."""
         value: Any = self.config
         for part in dotted.split("."):
             if part not in value:

@@ -132,7 +132,7 @@ def _staleness_over_time(figure: Figure, history: History) -> None:
     axes = figure.subplots()
     _line(axes, history, "staleness/mean_steps", color=BLUE, label="mean over tokens")
     _line(axes, history, "staleness/max_steps", color=ORANGE, label="oldest token", drawstyle="steps-mid")
-    bound = history.setting("loop.max_staleness", 1)
+    bound = history.config["loop"]["max_staleness"]
     axes.axhline(bound, color=RED, linestyle="--", linewidth=1, zorder=3, label=f"bound {bound}")
     axes.set(xlabel="step", ylabel="staleness, steps", ylim=(-0.05 * max(1, bound), 1.35 * max(1, bound)))
     axes.legend(loc="upper right", ncols=3)

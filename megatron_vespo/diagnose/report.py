@@ -107,7 +107,7 @@ def _staleness_figure(history: History) -> tuple[str, str, str] | None:
     _, oldest = history.series("staleness/max_steps")
     if not len(mean) or not len(oldest):
         return None
-    bound = history.setting("loop.max_staleness", 1)
+    bound = history.config["loop"]["max_staleness"]
     return "staleness", f"{mean.mean():.2f}", f"steps, mean; oldest {oldest.max():.0f}, bound {bound}"
 
 
@@ -137,10 +137,10 @@ def _header(history: History) -> str:
 
 
 def _algorithm(history: History) -> str:
-    name = history.setting("algorithm.name", "vespo")
+    name = history.config["algorithm"]["name"]
     loop = history.config["loop"]
-    batch = f"{loop['prompts_per_step']} prompts x {loop.get('group_size', 8)} responses a step"
-    return f"{name}, staleness ≤ {loop.get('max_staleness', 1)}, {batch}"
+    batch = f"{loop['prompts_per_step']} prompts x {loop['group_size']} responses a step"
+    return f"{name}, staleness ≤ {loop['max_staleness']}, {batch}"
 
 
 def _layout(history: History) -> str:

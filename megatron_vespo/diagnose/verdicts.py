@@ -58,7 +58,7 @@ def _staleness(history: History) -> Verdict | None:
     _, oldest = history.series("staleness/max_steps")
     if not len(oldest):
         return None
-    bound = history.setting("loop.max_staleness", 1)
+    bound = history.config["loop"]["max_staleness"]
     broken = oldest.max() > bound
     return Verdict(
         "bad" if broken else "good",

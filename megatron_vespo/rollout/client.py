@@ -98,8 +98,11 @@ class SGLangEngine:
         Raises:
             RunError: as `sample`; also if the weights changed while one sequence was scored.
         """
-        async with asyncio.TaskGroup() as tasks:
-            scored = [tasks.create_task(self._score(sequence)) for sequence in sequences]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                scored = [tasks.create_task(self._score(sequence)) for sequence in sequences]
+        except ExceptionGroup as failures:  # one reason is enough: the others were cancelled, or are the same
+            raise failures.exceptions[0] from None
         return tuple(task.result() for task in scored)
 
     async def weight_version(self) -> int:

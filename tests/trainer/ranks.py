@@ -123,9 +123,14 @@ class _Worker:
         self.trainer = TrainerRank(cfg, model, place=place, **settings)
 
     def leave(self) -> None:
-        if self.trainer is not None:
-            trainer, self.trainer = self.trainer, None
-            trainer.close()
+        """Also after a `start` that failed half way."""
+        import torch
+
+        from megatron_vespo.trainer.layout import destroy_process_groups
+
+        self.trainer = None
+        if torch.distributed.is_initialized():
+            destroy_process_groups()
 
     def step(self, sequences, step_number, capture_experts):
         return self.trainer.step(sequences, step_number, capture_experts=capture_experts)

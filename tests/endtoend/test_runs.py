@@ -1,0 +1,228 @@
+"""Whole runs through the command line, on real parts: Megatron-Core ranks under Ray, an SGLang server, math-verify.
+
+Each run takes most of a minute, nearly all of it imports, so one run serves several tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_vespo.data.demo import write_demo_inputs
+from megatron_vespo.rundir import read_metrics
+
+REPOSITORY = Path(__file__).parent.parent.parent
+PATIENCE_S = 240
+
+
+class Run:
+    """One `megatron-vespo` command in its own session; every process it starts inherits a mark by which it is found."""
+
+    def __init__(self, log: Path, *argv: str) -> None:
+        self.mark = uuid.uuid4().hex
+        self.log = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_vespo.cli", *argv],
+                cwd=REPOSITORY,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TEST_MARK": self.mark},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self) -> int:
+        return self.process.wait(PATIENCE_S)
+
+    def wait_for(self, line: str) -> None:
+        self._until(lambda: line in self.text or self.process.poll() is not None, f"'{line}'")
+        assert line in self.text, self.text
+
+    def living(self) -> list[psutil.Process]:
+        """Every process of this run, however it detached itself."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("TEST_MARK") == self.mark:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def expect_no_process_left(self) -> None:
+        self._until(lambda: not self.living(), "the end of every process", patience_s=30)
+
+    def kill_everything(self) -> None:
+        for process in self.living():
+            process.kill()
+
+    def _until(self, happened: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+        deadline = time.monotonic() + patience_s
+        while not happened():
+            left = [f"{p.pid} {p.cmdline()[:4]}" for p in self.living()]
+            assert time.monotonic() < deadline, f"waited {patience_s} s for {what}\n{left}\n{self.text}"
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("endtoend")
+    write_demo_inputs(directory / "inputs", seed=0)
+    return directory
+
+
+@pytest.fixture
+def start(place: Path, request: pytest.FixtureRequest):
+    """Start a command; whatever a failing test leaves running is ended."""
+    runs: list[Run] = []
+
+    def _start(*argv: str) -> Run:
+        runs.append(Run(place / f"{request.node.name}-{len(runs)}.log", *argv))
+        return runs[-1]
+
+    yield _start
+    for run in runs:
+        run.kill_everything()
+
+
+def sft(place: Path, name: str, model: str, *overrides: str) -> list[str]:
+    inputs = place / "inputs"
+    data = f"data.train={inputs / 'demonstrations.parquet'}"
+    return ["sft", "configs/demo_sft.toml", f"run_dir={place / name}", f"model={inputs / model}", data, *overrides]
+
+
+def rl(place: Path, name: str, *overrides: str) -> list[str]:
+    inputs = place / "inputs"
+    return [
+        "train", "configs/demo.toml", f"run_dir={place / name}", f"model={place / 'sft' / 'final'}",
+        f"prompts.train={inputs / 'train.parquet'}", f"prompts.heldout={inputs / 'heldout.parquet'}",
+        "loop.prompts_per_step=4", "loop.group_size=4", "loop.eval_samples=1", *overrides,
+    ]  # fmt: skip
+
+
+def test_fine_tuning_lowers_the_loss_and_exports_a_model_that_transformers_loads(place, start):
+    run = start(*sft(place, "sft", "model", "num_steps=12"))
+    assert run.wait() == 0, run.text
+    run.expect_no_process_left()
+    losses = [record["optim/loss"] for record in read_metrics(place / "sft" / "metrics.jsonl")]
+    assert len(losses) == 12 and losses[-1] < 0.6 * losses[0]
+    model = AutoModelForCausalLM.from_pretrained(place / "sft" / "final")
+    text = AutoTokenizer.from_pretrained(place / "sft" / "final")("3+4")["input_ids"]
+    assert torch.isfinite(model(torch.tensor([text])).logits).all()
+
+
+def test_a_run_directory_is_never_overwritten(place, start):
+    before = (place / "sft" / "metrics.jsonl").read_bytes()
+    run = start(*sft(place, "sft", "model", "num_steps=12"))
+    assert run.wait() == 2
+    assert "already holds a run" in run.text and "resume it, or choose another directory" in run.text
+    assert (place / "sft" / "metrics.jsonl").read_bytes() == before
+
+
+def test_ctrl_c_ends_after_the_step_and_keeps_what_was_done(place, start):
+    run = start(*rl(place, "rl", "loop.num_steps=500"))
+    run.wait_for("step    2 |")
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+    assert run.wait() == 130, run.text
+    run.expect_no_process_left()
+    steps = [record["step"] for record in read_metrics(place / "rl" / "metrics.jsonl")]
+    assert f"stopped after step {steps[-1]} of 500, whose checkpoint is saved" in run.text
+    assert (place / "rl" / "checkpoints" / f"step_{steps[-1]:06d}" / "manifest.json").exists()
+    assert (place / "rl" / "report.html").exists()
+
+
+def test_resuming_goes_on_to_the_end(place, start):
+    done = read_metrics(place / "rl" / "metrics.jsonl")[-1]["step"]
+    run = start(*rl(place, "rl", f"loop.num_steps={done + 2}"), "--resume")
+    assert run.wait() == 0, run.text
+    run.expect_no_process_left()
+    assert f"engine serves version {done}, confirmed" in run.text
+    records = read_metrics(place / "rl" / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(done + 3))
+    AutoModelForCausalLM.from_pretrained(place / "rl" / "final")
+
+
+def test_both_engines_agree_on_every_token_and_expert_of_the_run(place):
+    """fp32 on both sides: whatever exceeds rounding is a wrong weight, a wrong token or a wrong temperature."""
+    records = [r for r in read_metrics(place / "rl" / "metrics.jsonl") if r["step"] > 0]
+    for record in records:
+        assert record["mismatch/abs_max_nats"] < 1e-4
+        assert record["experts/overlap_mean"] > 0.999
+        assert record["sync/canary_abs_max_nats"] < 1e-4
+        assert record["staleness/max_steps"] <= 1
+    assert max(record["staleness/max_steps"] for record in records) == 1, "sampling never ran ahead"
+    assert min(record["experts/stale_overlap_mean"] for record in records) > 0.5
+
+
+def test_rollout_files_explain_log_w_token_by_token(place):
+    files = sorted((place / "rl" / "rollouts").glob("*.parquet"))
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    assert len(rows) == 16 * len(files)
+    uids = [row["uid"] for row in rows[::4]]
+    assert len(uids) == len(set(uids)), "a prompt was trained on twice, across an interruption"
+    for row in rows:
+        policy, behavior = np.array(row["policy_logp"], np.float64), np.array(row["behavior_logp"], np.float64)
+        assert len(policy) == len(behavior) == len(row["response_ids"]) == len(row["versions"])
+        assert row["log_w"] == pytest.approx((policy - behavior).sum(), abs=1e-5)
+        fresh = np.array(row["versions"]) == row["train_version"]
+        assert np.abs(policy - behavior)[fresh].max(initial=0) < 1e-4
+
+
+def test_the_weights_that_trained_are_the_weights_that_sampled(place):
+    """Step 1 trains on version 0: its behavior log-probs are those of the exported model, by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(place / "sft" / "final", dtype=torch.float32).eval()
+    for row in pq.read_table(place / "rl" / "rollouts" / "step_000001.parquet").to_pylist()[:6]:
+        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+        with torch.no_grad():
+            logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :, 0]
+        np.testing.assert_allclose(row["behavior_logp"], logp, atol=1e-4)
+
+
+def test_a_killed_server_ends_the_run_with_its_log_and_saves_the_steps(place, start):
+    run = start(*rl(place, "killed", "loop.num_steps=500"))
+    run.wait_for("step    1 |")
+    (server,) = [p for p in run.living() if "sglang.launch_server" in p.cmdline() and "multiprocessing" not in str(p.cmdline())]
+    killed_at = time.monotonic()
+    server.kill()
+    assert run.wait() == 1
+    assert time.monotonic() - killed_at < 90
+    run.expect_no_process_left()
+    assert "RunError: engine http://127.0.0.1:" in run.text and "killed by SIGKILL" in run.text
+    last = read_metrics(place / "killed" / "metrics.jsonl")[-1]["step"]
+    assert (place / "killed" / "checkpoints" / f"step_{last:06d}" / "manifest.json").exists()
+
+
+def test_a_dense_model_trains_synchronously_from_jsonl_and_nothing_outlives_a_killed_driver(place, start):
+    inputs = place / "inputs"
+    run = start(
+        "train", "configs/dense_sync.toml", f"run_dir={place / 'dense'}", f"model={inputs / 'dense_model'}",
+        f"prompts.train={inputs / 'train.jsonl'}", f"prompts.heldout={inputs / 'heldout.parquet'}",
+        "loop.prompts_per_step=2", "loop.group_size=2", "loop.eval_samples=1", "loop.num_steps=500",
+    )  # fmt: skip
+    run.wait_for("step    3 |")
+    assert len(run.living()) > 5
+    run.process.kill()
+    run.process.wait()
+    run.expect_no_process_left()
+    records = [json.loads(line) for line in (place / "dense" / "metrics.jsonl").read_text().splitlines()]
+    assert all(r["staleness/max_steps"] == 0 for r in records[1:])
+    assert all(r["mismatch/abs_max_nats"] < 1e-4 for r in records[1:])
+    assert "experts/overlap_mean" not in records[1]

@@ -19,14 +19,19 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, e.g. configs/demo.toml")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. loop.max_staleness=0")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. loop.max_staleness=0"),
 ]
-Resume = Annotated[bool, typer.Option(help="Continue the run that run_dir holds; start it where there is none.")]
+Resume = Annotated[
+    bool, typer.Option(help="Continue the run that run_dir holds; start it where there is none.")
+]
 DryRun = Annotated[bool, typer.Option(help="Print configuration, rank grid and process plan; start nothing.")]
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+def train(
+    config: ConfigPath, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False
+) -> None:
     """Train with asynchronous off-policy reinforcement learning."""
     cfg = load_config(TrainConfig, config, overrides or ())
     from megatron_vespo.control import plan, run  # torch and ray: slow to import, needless for --help
@@ -39,7 +44,9 @@ def train(config: ConfigPath, overrides: Overrides = None, resume: Resume = Fals
 
 
 @app.command()
-def sft(config: ConfigPath, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+def sft(
+    config: ConfigPath, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False
+) -> None:
     """Fine-tune on demonstrations, with the same trainer."""
     cfg = load_config(SftConfig, config, overrides or ())
     from megatron_vespo.control import plan, run
@@ -59,7 +66,9 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 
     rewards = run.evaluate(cfg, cfg.run_dir / "logs" / "sglang-eval.log")
     error = statistics.stdev(rewards) / len(rewards) ** 0.5
-    _print(f"held-out reward {statistics.mean(rewards):.4f} +- {error:.4f} (standard error, {len(rewards)} responses)")
+    _print(
+        f"held-out reward {statistics.mean(rewards):.4f} +- {error:.4f} (standard error, {len(rewards)} responses)"
+    )
 
 
 @app.command()
@@ -72,7 +81,9 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run directory, finish
 
 @app.command()
 def demo_inputs(
-    directory: Annotated[Path, typer.Argument(help="Where to write them; existing other files are never replaced.")],
+    directory: Annotated[
+        Path, typer.Argument(help="Where to write them; existing other files are never replaced.")
+    ],
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write the demo's tiny Qwen3 models, arithmetic prompts and demonstrations."""
@@ -101,7 +112,9 @@ def _reported(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except (RunError, Interrupted):
-        with contextlib.suppress(RunError, ConfigError):  # the failure is the news, not that it left nothing to plot
+        with contextlib.suppress(
+            RunError, ConfigError
+        ):  # the failure is the news, not that it left nothing to plot
             _print(f"report: {write_report(run_dir)}")
         raise
     _print(f"report: {write_report(run_dir)}")
@@ -112,7 +125,9 @@ def _print(text: str) -> None:
 
 
 def _fail(kind: str, message: str, status: int) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"{kind}: {message}", style="red", markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"{kind}: {message}", style="red", markup=False
+    )
     sys.exit(status)
 
 

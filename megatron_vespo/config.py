@@ -268,7 +268,9 @@ def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     try:
         tree = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"config = '{path}': no such file; give the path of a TOML file, e.g. configs/demo.toml") from None
+        raise ConfigError(
+            f"config = '{path}': no such file; give the path of a TOML file, e.g. configs/demo.toml"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise ConfigError(f"config = '{path}': expected TOML, but {err}; mend that line") from err
     for override in overrides:
@@ -282,7 +284,9 @@ def parse_config(kind: type[C], tree: dict[str, Any], source: str = "config") ->
         return kind.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as err:
         lines = [_explain(kind, error) for error in err.errors()]
-        raise ConfigError("\n".join([f"{source}: {len(lines)} problem(s)", *("  " + line for line in lines)])) from None
+        raise ConfigError(
+            "\n".join([f"{source}: {len(lines)} problem(s)", *("  " + line for line in lines)])
+        ) from None
 
 
 def to_toml(cfg: _RunConfig) -> str:
@@ -304,7 +308,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"override '{override}': '{parent}' is a value, not a table; drop what follows it")
+            raise ConfigError(
+                f"override '{override}': '{parent}' is a value, not a table; drop what follows it"
+            )
     tree[leaf] = value
 
 
@@ -315,7 +321,11 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = list(_section_at(kind, parents).model_fields)
         near = difflib.get_close_matches(str(leaf), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{'.'.join([*map(str, parents), near[0]])}'?" if near else f"known here: {', '.join(known)}."
+        hint = (
+            f"did you mean '{'.'.join([*map(str, parents), near[0]])}'?"
+            if near
+            else f"known here: {', '.join(known)}."
+        )
         return f"unknown field '{dotted}': {hint}"
     if error["type"] == "missing":
         return f"missing field '{dotted}': it has no default; set it in the TOML file."

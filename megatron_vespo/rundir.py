@@ -117,7 +117,8 @@ class RunDirectory:
     def rewind(self, version: int) -> None:
         """Forget the steps after `version`, the checkpoint a run resumes from; -1 forgets all of them.
 
-        Their metrics lines (and a line that a crash tore) and rollout files move to superseded/: nothing is lost.
+        Their metrics lines (and a line that a crash tore), rollout files and the final model move to superseded/:
+        nothing is lost.
         """
         lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= version]
@@ -127,6 +128,8 @@ class RunDirectory:
         for file in self.rollouts.glob("step_*.parquet"):
             if step_of(file) > version:
                 self._supersede(file)
+        if self.final.exists():
+            self._supersede(self.final)
 
     def close(self) -> None:
         """Let another process run here."""

@@ -140,7 +140,7 @@ class StepOutput:
     grad_norm: float
     """Euclidean norm over all parameters, before clipping."""
     learning_rate: float
-    time_s: Mapping[str, float] = field(default_factory=dict)
+    time_s: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,9 @@ def refused(path: Path, *overrides: str) -> str:
 
 
 def test_the_resolved_configuration_reads_back_equal(minimal, tmp_path):
-    cfg = load_config(TrainConfig, minimal, ["loop.max_staleness=3", "trainer.layout.tensor=2", "model=some/dir"])
+    cfg = load_config(
+        TrainConfig, minimal, ["loop.max_staleness=3", "trainer.layout.tensor=2", "model=some/dir"]
+    )
     assert (cfg.loop.max_staleness, cfg.trainer.layout.tensor, cfg.model) == (3, 2, Path("some/dir"))
     resolved = tmp_path / "resolved.toml"
     resolved.write_text(to_toml(cfg))
@@ -68,7 +70,10 @@ def test_a_missing_field_is_named(tmp_path):
     ("overrides", "expected"),
     [
         (["trainer.layout.tensor=2", "trainer.layout.expert_tensor=1"], "wrong expert gradients"),
-        (["trainer.device=cpu", "trainer.layout.expert=2", "trainer.layout.expert_tensor=2"], "no uneven all-gather"),
+        (
+            ["trainer.device=cpu", "trainer.layout.expert=2", "trainer.layout.expert_tensor=2"],
+            "no uneven all-gather",
+        ),
         (["rollout.context_length=2000"], "rollout.context_length = 2000: must be at least"),
         (["trainer.max_tokens_per_microbatch=2000"], "sequences are never split"),
     ],

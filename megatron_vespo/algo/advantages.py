@@ -30,7 +30,9 @@ def group_advantages(reward_G: Sequence[float], *, scale: Literal["none", "std"]
     """
     reward = np.asarray(reward_G, np.float64)
     if reward.ndim != 1 or len(reward) < 2:
-        raise ValueError(f"reward_G has shape {reward.shape}: a group needs at least 2 rewards; sample more responses")
+        raise ValueError(
+            f"reward_G has shape {reward.shape}: a group needs at least 2 rewards; sample more responses"
+        )
     if not np.isfinite(reward).all():
         raise ValueError(f"rewards = {reward.tolist()}: every reward must be finite; mend the verifier")
     if (reward == reward[0]).all():

@@ -27,7 +27,9 @@ def policy_loss(logp_S: Tensor, coefficient_S: Tensor, advantage_S: Tensor, weig
     return -(weight_S * coefficient_S.detach() * advantage_S * logp_S).sum()
 
 
-def token_weights(num_tokens_B: Sequence[int], aggregation: Literal["token_mean", "sequence_mean"]) -> Doubles:
+def token_weights(
+    num_tokens_B: Sequence[int], aggregation: Literal["token_mean", "sequence_mean"]
+) -> Doubles:
     """Weight of every token of each sequence, with one denominator for the whole optimizer step.
 
         token_mean     1 / sum_b T_b        each token counts alike; the weights of all tokens sum to 1
@@ -42,5 +44,7 @@ def token_weights(num_tokens_B: Sequence[int], aggregation: Literal["token_mean"
     num_tokens = np.asarray(num_tokens_B, np.float64)
     denominator = num_tokens.sum() if aggregation == "token_mean" else float(len(num_tokens))
     if denominator <= 0:
-        raise ValueError(f"num_tokens_B = {list(num_tokens_B)}: the batch has no token to train on; check the data")
+        raise ValueError(
+            f"num_tokens_B = {list(num_tokens_B)}: the batch has no token to train on; check the data"
+        )
     return np.where(num_tokens > 0, 1.0 / denominator, 0.0)

@@ -18,7 +18,7 @@ from megatron_vespo.types import Doubles, Experts, Floats
 def token_gap(logp_S: Floats, reference_S: Floats) -> dict[str, float]:
     """Token-level statistics of d = logp - reference.
 
-        k1 = -mean d      k3 = mean(exp(d) - 1 - d) >= 0      abs_mean, abs_p99, abs_max of |d|
+    k1 = -mean d      k3 = mean(exp(d) - 1 - d) >= 0      abs_mean, abs_p99, abs_max of |d|
     """
     d = logp_S.astype(np.float64) - reference_S.astype(np.float64)
     size = np.abs(d)
@@ -48,7 +48,7 @@ def effective_sample_fraction(log_w_B: Doubles) -> float:
 def expert_overlap(experts_RLK: Experts, reference_RLK: Experts) -> Doubles:
     """[R, L] share of a token's experts that both engines chose, whatever their order.
 
-        overlap[r, l] = #(P[r, l] and Q[r, l]) / K        chance level: K / number of experts
+    overlap[r, l] = #(P[r, l] and Q[r, l]) / K        chance level: K / number of experts
     """
     if experts_RLK.shape != reference_RLK.shape:
         raise ValueError(
@@ -62,10 +62,10 @@ def expert_overlap(experts_RLK: Experts, reference_RLK: Experts) -> Doubles:
 def expert_gap(overlap_RL: Doubles) -> dict[str, float | list[float]]:
     """Router-level statistics of `expert_overlap`.
 
-        overlap_mean       over tokens and layers
-        mismatch_fraction  (token, layer) pairs whose expert *sets* differ at all
-        any_flip_fraction  tokens with a difference in at least one layer
-        overlap_layer      [L] mean over tokens
+    overlap_mean       over tokens and layers
+    mismatch_fraction  (token, layer) pairs whose expert *sets* differ at all
+    any_flip_fraction  tokens with a difference in at least one layer
+    overlap_layer      [L] mean over tokens
     """
     flip_RL = overlap_RL < 1.0
     return {

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -54,7 +54,9 @@ class RankActor:
         descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, sys.stdout.fileno())
         os.dup2(descriptor, sys.stderr.fileno())
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True
+        )
         self._sync: WeightSync | None = None
 
     def rendezvous(self) -> tuple[str, int]:
@@ -73,7 +75,9 @@ class RankActor:
     def connect(self, engine_url: str, model: Path, cfg: RolloutConfig) -> None:
         """Join the engine's weight-transfer group (rank 0 only)."""
         device = self._rank.groups.device
-        backend = cfg.sync_backend if cfg.sync_backend != "auto" else "gloo" if device.type == "cpu" else "nccl"
+        backend = (
+            cfg.sync_backend if cfg.sync_backend != "auto" else "gloo" if device.type == "cpu" else "nccl"
+        )
         self._sync = WeightSync.connect(
             engine_url,
             model,
@@ -89,7 +93,9 @@ class RankActor:
     def score(self, sequences: Sequence[TrainSequence], capture_experts: bool) -> RankOutput:
         return self._rank.score(sequences, capture_experts=capture_experts)
 
-    def publish(self, version: int, canary: Sequence[TrainSequence]) -> tuple[RankOutput, int, dict[str, float]]:
+    def publish(
+        self, version: int, canary: Sequence[TrainSequence]
+    ) -> tuple[RankOutput, int, dict[str, float]]:
         """Gather the weights on all ranks, push them from rank 0, score the canary under them."""
         tensors = self._rank.export()
         num_bytes, time_s = 0, {}
@@ -97,7 +103,9 @@ class RankActor:
             if self._sync is not None:
                 num_bytes, time_s = self._sync.push(tensors, version)
         finally:
-            for _ in tensors:  # the gathers are collective: every rank sees them to the end, also after a failed push
+            for _ in (
+                tensors
+            ):  # the gathers are collective: every rank sees them to the end, also after a failed push
                 pass
         return self._rank.score(canary, capture_experts=False), num_bytes, time_s
 
@@ -138,7 +146,9 @@ class TrainerGroup:
             ]
             address, port = (await self._gather([self._actors[0].rendezvous.remote()]))[0]
             num = len(self._actors)
-            places = [Place(rank=r, world_size=num, master_addr=address, master_port=port) for r in range(num)]
+            places = [
+                Place(rank=r, world_size=num, master_addr=address, master_port=port) for r in range(num)
+            ]
             await self._gather([
                 actor.start.remote(self._spec, place) for actor, place in zip(self._actors, places, strict=True)
             ])  # fmt: skip
@@ -152,7 +162,9 @@ class TrainerGroup:
             ray.kill(actor)
         await asyncio.to_thread(ray.shutdown)
 
-    async def connect(self, engine: Engine, url: str, cfg: RolloutConfig, canary: Sequence[TrainSequence]) -> None:
+    async def connect(
+        self, engine: Engine, url: str, cfg: RolloutConfig, canary: Sequence[TrainSequence]
+    ) -> None:
         """Open the path on which `publish` sends weights to the engine at `url`.
 
         Args:
@@ -172,7 +184,9 @@ class TrainerGroup:
         _, num_bytes, time_s = pushes[0]
         trained = merge_scores([output for output, _, _ in pushes], self._canary)
         served = await self._engine.score(self._canary)
-        gap = max(float(np.abs(ours.logp - theirs.logp).max()) for ours, theirs in zip(trained, served, strict=True))
+        gap = max(
+            float(np.abs(ours.logp - theirs.logp).max()) for ours, theirs in zip(trained, served, strict=True)
+        )
         if not gap <= self._tolerance:
             raise RunError(
                 f"canary after the push of version {version} = {gap:.3g} nats apart: trainer and engine must agree within "
@@ -223,10 +237,14 @@ class TrainerGroup:
             done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             if waiting:
                 done |= (await asyncio.wait(waiting, timeout=_CAUSE_S))[0]
-            failures = [(task.exception(), rank) for rank, task in enumerate(tasks) if task in done and task.exception()]
+            failures = {
+                rank: error
+                for rank, task in enumerate(tasks)
+                if task in done and (error := task.exception()) is not None
+            }
             if failures:
-                error, rank = min(failures, key=lambda failure: _remoteness(failure[0]))
-                raise self._explain(error, rank) from error
+                rank = min(failures, key=lambda rank: _remoteness(failures[rank]))
+                raise self._explain(failures[rank], rank) from failures[rank]
             return [task.result() for task in tasks]
         finally:
             for task in tasks:
@@ -235,7 +253,11 @@ class TrainerGroup:
     def _explain(self, error: BaseException, rank: int) -> Exception:
         if isinstance(error, RayTaskError) and isinstance(error.cause, RunError | ConfigError):
             return error.cause
-        what = repr(error.cause) if isinstance(error, RayTaskError) else f"its process died ({type(error).__name__})"
+        what = (
+            repr(error.cause)
+            if isinstance(error, RayTaskError)
+            else f"its process died ({type(error).__name__})"
+        )
         log = self._log(rank)
         return RunError(
             f"trainer {rank_name(self._spec.cfg.layout, rank)}: {what}; the end of {log}:\n{_tail(log)}"
@@ -252,7 +274,7 @@ async def _result(call: Any) -> Any:
     return await call
 
 
-def _remoteness(error: BaseException | None) -> int:
+def _remoteness(error: BaseException) -> int:
     """How far an exception is from the cause: our own words, a dead process, an echo in another rank."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, RunError | ConfigError):
         return 0
@@ -267,7 +289,11 @@ def _tail(log: Path) -> str:
 def _start_ray(cfg: TrainerConfig) -> None:
     """A Ray of our own on this machine, loopback only; or the running cluster that the configuration names."""
     environment = {"OMP_NUM_THREADS": "1"} if cfg.device == "cpu" else {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    shared: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": environment}, "logging_level": logging.ERROR}
+    shared: dict[str, Any] = {
+        "log_to_driver": False,
+        "runtime_env": {"env_vars": environment},
+        "logging_level": logging.ERROR,
+    }
     if cfg.ray_address != "local":
         ray.init(address=cfg.ray_address, **shared)
         return

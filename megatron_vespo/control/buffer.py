@@ -76,7 +76,9 @@ class GroupBuffer:
 
     def progress(self) -> str:
         """What `take` is waiting for, in words."""
-        return f"{len(self._ready())} of {self.prompts_per_step} groups, {self._alive} being sampled or queued"
+        return (
+            f"{len(self._ready())} of {self.prompts_per_step} groups, {self._alive} being sampled or queued"
+        )
 
     def _ready(self) -> list[Ticket]:
         oldest = list(self._queue)[: self.prompts_per_step]

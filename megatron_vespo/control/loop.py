@@ -42,7 +42,9 @@ async def train(
         ]
         while version < cfg.loop.num_steps:
             clock = StepClock(version + 1, cfg.loop.step_timeout_s)
-            groups = await clock.lap("wait", buffer.take(), buffer.progress)  # 1. y ~ mu with its A, oldest first
+            groups = await clock.lap(
+                "wait", buffer.take(), buffer.progress
+            )  # 1. y ~ mu with its A, oldest first
             if not groups:
                 break
             batch = [to_train_sequence(rollout) for group in groups for rollout in group.rollouts]
@@ -82,7 +84,9 @@ async def produce(
         await buffer.fill(ticket, Group(rollouts=tuple(rollouts)))
 
 
-async def evaluate(prompts: Sequence[Prompt], engine: Engine, verifier: Verifier, num_samples: int) -> list[float]:
+async def evaluate(
+    prompts: Sequence[Prompt], engine: Engine, verifier: Verifier, num_samples: int
+) -> list[float]:
     """Rewards of `num_samples` responses to each prompt, sampled as in training."""
 
     async def rewards(prompt: Prompt) -> tuple[float, ...]:

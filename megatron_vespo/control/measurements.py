@@ -19,7 +19,11 @@ Metrics = dict[str, float | int | list[float] | list[int]]
 
 
 def step_metrics(
-    version: int, rollouts: Sequence[Rollout], output: StepOutput, rescored: Sequence[Scored], sync: SyncReport
+    version: int,
+    rollouts: Sequence[Rollout],
+    output: StepOutput,
+    rescored: Sequence[Scored],
+    sync: SyncReport,
 ) -> Metrics:
     """Everything that one step tells about learning and about off-policyness.
 
@@ -51,7 +55,9 @@ def _learning(rollouts: Sequence[Rollout]) -> Metrics:
         "reward/train_mean": float(np.mean([r.reward for r in rollouts])),
         "reward/signal_fraction": float(np.mean([r.advantage != 0 for r in rollouts])),
         "response/length_mean": float(lengths.mean()),
-        "response/truncated_fraction": float(np.mean([r.response.finish_reason == "length" for r in rollouts])),
+        "response/truncated_fraction": float(
+            np.mean([r.response.finish_reason == "length" for r in rollouts])
+        ),
     }
 
 
@@ -116,7 +122,8 @@ def _experts(rollouts: Sequence[Rollout], trainer: Sequence[Scored], engine: Seq
 
 def _overlap(chosen: Sequence[Experts | None], reference: Sequence[Experts | None]) -> np.ndarray:
     return expert_overlap(
-        np.concatenate([x for x in chosen if x is not None]), np.concatenate([x for x in reference if x is not None])
+        np.concatenate([x for x in chosen if x is not None]),
+        np.concatenate([x for x in reference if x is not None]),
     )
 
 

@@ -59,7 +59,9 @@ class Observer:
         self._pending |= step_metrics(version, rollouts, output, rescored, sync)
         rows = rollout_rows(rollouts, output, rescored, step=version)
         await asyncio.to_thread(write_rollouts, self._run.rollouts, rows)
-        self.progress = Progress(version=version, prompts_consumed=self.progress.prompts_consumed + len(groups))
+        self.progress = Progress(
+            version=version, prompts_consumed=self.progress.prompts_consumed + len(groups)
+        )
         self._num_tokens = sum(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows)
 
     def finish(self, clock: StepClock) -> None:
@@ -74,7 +76,9 @@ class Observer:
     def heldout_reward(self, rewards: Sequence[float]) -> None:
         """A held-out evaluation of the current version ended."""
         mean = sum(rewards) / len(rewards)
-        self._view.event(f"version {self.progress.version}: held-out reward {mean:.3f} ({len(rewards)} responses)")
+        self._view.event(
+            f"version {self.progress.version}: held-out reward {mean:.3f} ({len(rewards)} responses)"
+        )
         if self.progress.version == 0:  # before the first step there is no record to join
             self._view.step(self._log.log(0, {"reward/heldout_mean": mean}))
         else:

@@ -47,7 +47,9 @@ def plan_train(cfg: TrainConfig) -> TrainPlan:
         ConfigError: a file is missing or malformed, or the model cannot be divided over the layout.
     """
     shape = _checked_shape(cfg.model, cfg.trainer)
-    engine_command(cfg.rollout, cfg.model, port=_ANY_PORT)  # refuses what the server could not be started with
+    engine_command(
+        cfg.rollout, cfg.model, port=_ANY_PORT
+    )  # refuses what the server could not be started with
     tokenizer = load_tokenizer(cfg.model)
     prompts = load_prompts(cfg.prompts.train, tokenizer, cfg.prompts)
     heldout = load_prompts(cfg.prompts.heldout, tokenizer, cfg.prompts) if cfg.prompts.heldout else []
@@ -112,7 +114,9 @@ def _ranks_line(cfg: TrainerConfig) -> str:
     return f"{cfg.layout.world_size} Megatron-Core rank(s) as Ray actors ({backend})"
 
 
-def _sections(cfg: TrainConfig | SftConfig, rank_grid: str, processes: Sequence[str], work: Sequence[str]) -> str:
+def _sections(
+    cfg: TrainConfig | SftConfig, rank_grid: str, processes: Sequence[str], work: Sequence[str]
+) -> str:
     return "\n".join([
         "# resolved configuration", to_toml(cfg),
         "# rank grid", rank_grid, "",

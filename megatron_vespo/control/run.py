@@ -35,19 +35,19 @@ def train(cfg: TrainConfig, *, resume: bool) -> None:
     """Run `megatron-vespo train` to its end."""
     plan = plan_train(cfg)
     with RunDirectory(cfg.run_dir, to_toml(cfg), resume=resume) as run:
-        start = _rewind(run)
+        start = _rewind(run, cfg.loop.num_steps)
         view = LiveView(f"train {cfg.run_dir}", cfg.loop.num_steps, max_staleness=cfg.loop.max_staleness)
-        with RunLog(run, cfg.wandb_project) as log, view, _logging(run, view):
-            with contextlib.closing(_verifier(cfg)) as verifier:
-                observer = Observer(cfg, run, log, view, plan.heldout, verifier, start)
-                _run(lambda stop: _train(plan, run, verifier, observer, view, stop), view.event)
+        verifier = _verifier(cfg)
+        with RunLog(run, cfg.wandb_project) as log, view, _logging(run, view), contextlib.closing(verifier):
+            observer = Observer(cfg, run, log, view, plan.heldout, verifier, start)
+            _run(lambda stop: _train(plan, run, verifier, observer, view, stop), view.event)
 
 
 def finetune(cfg: SftConfig, *, resume: bool) -> None:
     """Run `megatron-vespo sft` to its end."""
     demonstrations = plan_sft(cfg)
     with RunDirectory(cfg.run_dir, to_toml(cfg), resume=resume) as run:
-        start = _rewind(run)
+        start = _rewind(run, cfg.num_steps)
         stream = EpochStream(demonstrations, cfg.seed, cfg.data.shuffle, start.prompts_consumed)
         view = LiveView(f"sft {cfg.run_dir}", cfg.num_steps)
         with RunLog(run, cfg.wandb_project) as log, view, _logging(run, view):
@@ -62,10 +62,15 @@ def evaluate(cfg: TrainConfig, log_file: Path) -> list[float]:
     """
     plan = plan_train(cfg)
     if not plan.heldout:
-        raise ConfigError("prompts.heldout is not set: expected the file to evaluate on; set prompts.heldout=FILE")
+        raise ConfigError(
+            "prompts.heldout is not set: expected the file to evaluate on; set prompts.heldout=FILE"
+        )
 
     async def sample_and_verify(stop: Stop) -> list[float]:
-        async with Server(cfg.rollout, cfg.model, log_file, seed=cfg.seed) as server, _engine(plan, server) as engine:
+        async with (
+            Server(cfg.rollout, cfg.model, log_file, seed=cfg.seed) as server,
+            _engine(plan, server) as engine,
+        ):
             with contextlib.closing(_verifier(cfg)) as verifier:
                 return await loop.evaluate(plan.heldout, engine, verifier, cfg.loop.eval_samples)
 
@@ -80,7 +85,11 @@ async def _train(
         view.event("starting the SGLang server and the trainer's ranks")
         server = Server(cfg.rollout, cfg.model, run.logs / "sglang.log", seed=cfg.seed, progress=view.event)
         spec = PolicySpec(
-            cfg=cfg.trainer, model=cfg.model, algorithm=cfg.algorithm, temperature=cfg.sampling.temperature, seed=cfg.seed
+            cfg=cfg.trainer,
+            model=cfg.model,
+            algorithm=cfg.algorithm,
+            temperature=cfg.sampling.temperature,
+            seed=cfg.seed,
         )
         async with asyncio.TaskGroup() as starting:
             ranks = _trainer(spec, run, start, records_experts=plan.records_experts)
@@ -92,7 +101,9 @@ async def _train(
 
         prompts = EpochStream(plan.prompts, cfg.seed, cfg.prompts.shuffle, start.prompts_consumed)
         buffer = GroupBuffer(
-            prompts_per_step=cfg.loop.prompts_per_step, max_staleness=cfg.loop.max_staleness, version=start.version
+            prompts_per_step=cfg.loop.prompts_per_step,
+            max_staleness=cfg.loop.max_staleness,
+            version=start.version,
         )
         stop.gently = lambda: asyncio.ensure_future(buffer.close())
         try:
@@ -137,7 +148,9 @@ async def _finetune(
         await _finish(trainer, progress, cfg.num_steps, run, view)
 
 
-async def _finish(trainer: TrainerGroup, progress: Progress, num_steps: int, run: RunDirectory, view: LiveView) -> None:
+async def _finish(
+    trainer: TrainerGroup, progress: Progress, num_steps: int, run: RunDirectory, view: LiveView
+) -> None:
     """Save what is not saved; export the final model, or say how to go on where the run was stopped early."""
     if progress.version > trainer.saved_version:
         await trainer.save(progress.version, asdict(progress))
@@ -155,16 +168,26 @@ async def _rescue(trainer: TrainerGroup, progress: Progress, view: LiveView) -> 
     if progress.version == trainer.saved_version:
         return
     if not await trainer.is_idle():
-        view.event(f"steps {trainer.saved_version + 1} to {progress.version} are not saved: ranks hang in a collective")
+        view.event(
+            f"steps {trainer.saved_version + 1} to {progress.version} are not saved: ranks hang in a collective"
+        )
         return
     await trainer.save(progress.version, asdict(progress))
     view.event(f"the steps done so far are saved: checkpoint of version {progress.version}")
 
 
-def _rewind(run: RunDirectory) -> Progress:
-    """Where the run starts: at its newest checkpoint, or at 0; what it logged after that is set aside."""
+def _rewind(run: RunDirectory, num_steps: int) -> Progress:
+    """Where the run starts: at its newest checkpoint, or at 0; what it logged after that is set aside.
+
+    Raises:
+        ConfigError: there is no step left to do.
+    """
     checkpoint = latest(run.checkpoints)
     progress = Progress(**read_state(checkpoint)[1]) if checkpoint else Progress()
+    if progress.version >= num_steps:
+        raise ConfigError(
+            f"num_steps = {num_steps}: '{run.path}' holds a run of {progress.version} steps already; raise it to go on"
+        )
     if run.resumed:
         run.rewind(progress.version if checkpoint else -1)
     return progress
@@ -225,7 +248,9 @@ def _run(main: Callable[[Stop], Awaitable[T]], tell: Callable[[str], None]) -> T
         try:
             return await main(stop)
         except asyncio.CancelledError:
-            raise Interrupted("stopped at once; the last checkpoint is kept, --resume continues from it") from None
+            raise Interrupted(
+                "stopped at once; the last checkpoint is kept, --resume continues from it"
+            ) from None
 
     try:
         return asyncio.run(guarded())

@@ -131,12 +131,12 @@ class SGLangEngine:
             "return_routed_experts": self._record_experts,
         }
         (answer,) = await self._generate(request, 1, who)
-        facts = self._facts if self._record_experts else None
-        scored = parse_scored(answer, ids, sequence.num_prompt_tokens, facts, f"{self.url}, {who}")
+        num_prompt, where = sequence.num_prompt_tokens, f"{self.url}, {who}"
+        scored = parse_scored(answer, ids, num_prompt, self._facts, self._record_experts, where)
         if self._sampling.temperature == 1.0:
             return scored
         version = answer["meta_info"]["weight_version"]
-        logp = await self._score_at_temperature(ids, sequence.num_prompt_tokens, version, who)
+        logp = await self._score_at_temperature(ids, num_prompt, version, who)
         return Scored(logp=logp, experts=scored.experts)
 
     async def _score_at_temperature(self, ids: list[int], num_prompt: int, version: str, who: str) -> Floats:
@@ -260,21 +260,31 @@ def parse_response(
 
 
 def parse_scored(
-    answer: Mapping[str, Any], ids: list[int], num_prompt: int, facts: ModelFacts | None, who: str
+    answer: Mapping[str, Any],
+    ids: list[int],
+    num_prompt: int,
+    facts: ModelFacts,
+    record_experts: bool,
+    who: str,
 ) -> Scored:
-    """One checked prefill answer of /generate; experts are expected where `facts` are given.
+    """One checked prefill answer of /generate for given ids; arguments as in `parse_response`.
 
     Raises:
         RunError: a field is missing or impossible.
     """
     meta = _field(answer, "meta_info", dict, who)
     rows = _field(meta, "input_token_logprobs", list, who)
+    # SGLang names the last id of the vocabulary 0 here (0.5.20 and 0.5.23); its log-prob is right.
+    named = [i if i < facts.vocab_size - 1 else 0 for i in ids]
     _check(
-        [row[1] for row in rows] == ids, who, f"{len(rows)} scored tokens", f"the {len(ids)} that were given"
+        [row[1] for row in rows] == named,
+        who,
+        f"{len(rows)} scored tokens",
+        f"the {len(ids)} that were given",
     )
     return Scored(
         logp=_floats([row[0] for row in rows[num_prompt:]], len(ids) - num_prompt, who),
-        experts=_experts(meta, len(ids) - 1, facts, who) if facts else None,
+        experts=_experts(meta, len(ids) - 1, facts, who) if record_experts else None,
     )
 
 

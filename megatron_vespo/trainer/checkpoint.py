@@ -59,7 +59,11 @@ def save(directory: Path, rank_state: dict[str, Any], facts: dict[str, Any], gro
     partial = directory.with_name(directory.name + ".tmp")
     problem = None
     if groups.rank == 0:
-        problem = f"'{directory}': exists already; a checkpoint is never overwritten" if directory.exists() else None
+        problem = (
+            f"'{directory}': exists already; a checkpoint is never overwritten"
+            if directory.exists()
+            else None
+        )
         shutil.rmtree(partial, ignore_errors=True)
     _stop_together(problem)
     entry: dict[str, Any] = {}
@@ -67,7 +71,9 @@ def save(directory: Path, rank_state: dict[str, Any], facts: dict[str, Any], gro
         partial.mkdir(parents=True, exist_ok=True)
         entry = _write(partial / _file(groups.rank), rank_state)
     except OSError as err:  # one rank's full disk must stop all ranks, not leave them waiting
-        problem = f"'{partial}': {groups.name} cannot write its checkpoint ({err}); make room, or mend the path"
+        problem = (
+            f"'{partial}': {groups.name} cannot write its checkpoint ({err}); make room, or mend the path"
+        )
     _stop_together(problem)
     entries: list[Any] = [None] * groups.layout.world_size
     dist.all_gather_object(entries, entry)
@@ -81,7 +87,9 @@ def save(directory: Path, rank_state: dict[str, Any], facts: dict[str, Any], gro
     dist.barrier()
 
 
-def load(directory: Path, facts: dict[str, Any], groups: Groups) -> tuple[dict[str, Any], int, dict[str, Any]]:
+def load(
+    directory: Path, facts: dict[str, Any], groups: Groups
+) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """Collective: this rank's state, the step and the caller's state.
 
     Raises:
@@ -98,7 +106,9 @@ def load(directory: Path, facts: dict[str, Any], groups: Groups) -> tuple[dict[s
     return rank_state, manifest["step"], manifest["state"]
 
 
-def same_run_facts(shape: ModelShape, groups: Groups, dtype: str, distributed_optimizer: bool) -> dict[str, Any]:
+def same_run_facts(
+    shape: ModelShape, groups: Groups, dtype: str, distributed_optimizer: bool
+) -> dict[str, Any]:
     """What must be equal in the run that wrote a checkpoint and the one that loads it."""
     layout = groups.layout.model_dump(exclude={"expert_tensor"})
     return {
@@ -117,7 +127,8 @@ def optimizer_state(optimizer: Any, *, with_main_weights: bool) -> list[Any]:
         {
             "settings": {name: value for name, value in group.items() if name != "params"},
             "params": [
-                {"state": dict(inner.state[p]), "main": p.detach() if with_main_weights else None} for p in group["params"]
+                {"state": dict(inner.state[p]), "main": p.detach() if with_main_weights else None}
+                for p in group["params"]
             ],
         }
         for inner in _inner(optimizer)
@@ -141,20 +152,23 @@ def load_optimizer_state(optimizer: Any, saved: list[Any]) -> None:
 
 def generator_state() -> dict[str, Any]:
     """All random generators of this rank."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda, "megatron": get_cuda_rng_tracker().get_states()}
+    return {"cpu": torch.get_rng_state(), "cuda": cuda, "megatron": _megatron_generators().get_states()}
 
 
 def load_generator_state(saved: dict[str, Any]) -> None:
     """Put `generator_state` back."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
     torch.set_rng_state(saved["cpu"])
     if saved["cuda"] is not None:
         torch.cuda.set_rng_state(saved["cuda"])
-    get_cuda_rng_tracker().set_states(saved["megatron"])
+    _megatron_generators().set_states(saved["megatron"])
+
+
+def _megatron_generators() -> Any:
+    # Imported here: a driver uses `latest` and `prune` without megatron.
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker()
 
 
 def _inner(optimizer: Any) -> list[Any]:
@@ -174,7 +188,9 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         return json.loads((directory / MANIFEST).read_text())
     except (OSError, ValueError) as err:
-        raise RunError(f"checkpoint '{directory}': cannot read {MANIFEST} ({err}); resume from another one") from err
+        raise RunError(
+            f"checkpoint '{directory}': cannot read {MANIFEST} ({err}); resume from another one"
+        ) from err
 
 
 def _check_facts(directory: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -202,7 +218,9 @@ def _write(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 def _read(path: Path, entry: dict[str, Any] | None) -> dict[str, Any]:
     found = {"bytes": path.stat().st_size, "sha256": _sha256(path)} if path.is_file() else None
     if entry is None or found != entry:
-        raise RunError(f"checkpoint file '{path}': is missing or damaged (found {found}, manifest says {entry}); resume from another one")
+        raise RunError(
+            f"checkpoint file '{path}': is missing or damaged (found {found}, manifest says {entry}); resume from another one"
+        )
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

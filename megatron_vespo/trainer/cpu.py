@@ -194,7 +194,17 @@ def _always(value: Any) -> Callable[..., Any]:
 class _TorchFacade(types.ModuleType):
     """`torch`, but its tensor factories make CPU tensors where CUDA ones are asked for."""
 
-    FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "ones_like", "empty_like")
+    FACTORIES = (
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "tensor",
+        "arange",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+    )
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -219,29 +229,37 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 # ---------------------------------------------------------------------------------------------- megatron
 
 
-def _patch_megatron() -> None:
-    load: Callable[[str], Any] = importlib.import_module
-    load("megatron.core.jit").disable_jit_fuser()  # for modules that are imported later
+def _load(module: str) -> Any:
+    return importlib.import_module(module)
 
-    rng = load("megatron.core.tensor_parallel.random")
+
+def _patch_megatron() -> None:
+    _load("megatron.core.jit").disable_jit_fuser()  # for modules that are imported later
+
+    rng = _load("megatron.core.tensor_parallel.random")
     rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # Its warning about the CPU generator is about the very thing that we do on purpose.
-    logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    logging.getLogger(rng.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
     facade = _TorchFacade()
     for name in FACADE_MODULES:
-        load(name).torch = facade
+        _load(name).torch = facade
 
-    moe_utils = load("megatron.core.transformer.moe.moe_utils")
+    moe_utils = _load("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # 0.16.1 reads this name also where TE is missing
-    load("megatron.core.transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu = _split_sizes_to_host
+    _load("megatron.core.transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu = _split_sizes_to_host
 
-    clip_grads, optimizer = load("megatron.core.optimizer.clip_grads"), load("megatron.core.optimizer.optimizer")
+    clip_grads, optimizer = (
+        _load("megatron.core.optimizer.clip_grads"),
+        _load("megatron.core.optimizer.optimizer"),
+    )
     clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
     clip_grads.clip_grad_by_total_norm_fp32 = optimizer.clip_grad_by_total_norm_fp32 = clip
-    distributed = load("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    distributed = _load("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     for cls in (distributed, optimizer.Float16OptimizerWithFloat16Params):
         cls.__init__ = _with_cuda_type_names(cls.__init__)
 

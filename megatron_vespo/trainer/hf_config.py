@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,32 +43,16 @@ def read_model_shape(model: Path) -> ModelShape:
     Raises:
         ConfigError: the directory or file is missing, or describes a model that the trainer cannot build.
     """
-    if not (model / "config.json").is_file():
-        raise ConfigError(
-            f"model = '{model}': expected a Hugging Face directory with config.json; give the path of a "
-            "downloaded Qwen3 or Qwen3-MoE model"
-        )
-    # Imported here: transformers costs seconds, and only this function needs it.
-    from transformers import AutoConfig
-
-    try:
-        hf: Any = AutoConfig.from_pretrained(model)
-    except (ValueError, OSError) as err:
-        raise ConfigError(f"model = '{model}': transformers cannot read its config.json ({err}); mend it") from err
-    if hf.model_type not in MODEL_TYPES:
-        raise ConfigError(
-            f"model = '{model}': model_type = '{hf.model_type}', expected one of {', '.join(MODEL_TYPES)}, "
-            "which the trainer builds; choose another model"
-        )
+    hf = _read_config(model)
     _refuse_variants(model, hf)
     moe = {}
     if hf.model_type == "qwen3_moe":
-        moe = dict(
-            num_experts=hf.num_experts,
-            experts_per_token=hf.num_experts_per_tok,
-            expert_ffn_size=hf.moe_intermediate_size,
-            normalized_top_k=hf.norm_topk_prob,
-        )
+        moe = {
+            "num_experts": hf.num_experts,
+            "experts_per_token": hf.num_experts_per_tok,
+            "expert_ffn_size": hf.moe_intermediate_size,
+            "normalized_top_k": hf.norm_topk_prob,
+        }
     return ModelShape(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -82,6 +67,29 @@ def read_model_shape(model: Path) -> ModelShape:
         tied_embeddings=hf.tie_word_embeddings,
         **moe,
     )
+
+
+def _read_config(model: Path) -> Any:
+    """transformers' configuration object, which knows the defaults of fields that config.json leaves out."""
+    file = model / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"model = '{model}': expected a Hugging Face directory with config.json; give the path of a "
+            "downloaded Qwen3 or Qwen3-MoE model"
+        )
+    try:
+        model_type = json.loads(file.read_text()).get("model_type")
+    except ValueError as err:
+        raise ConfigError(f"model = '{model}': config.json is not JSON ({err}); download it again") from err
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(
+            f"model = '{model}': model_type = '{model_type}', expected one of {', '.join(MODEL_TYPES)}, "
+            "which the trainer builds; choose another model"
+        )
+    # The classes, not AutoConfig: that one imports half of transformers, seconds on every rank.
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    return {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}[model_type].from_pretrained(model)
 
 
 def _rope(hf: Any) -> dict[str, Any]:

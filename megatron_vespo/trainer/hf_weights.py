@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_vespo.config import ConfigError
 from megatron_vespo.trainer.hf_config import ModelShape
-from megatron_vespo.trainer.layout import Groups, coordinates, layers_of_stage
+from megatron_vespo.trainer.layout import Groups, layers_of_stage
 from megatron_vespo.types import RunError
 
 BLOCK_BYTES = 256 * 1024**2
@@ -116,7 +116,9 @@ def _fuse(how: str, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
     if how == "qkv":
         width = shape.head_dim * parts[1].shape[-1]
         groups = parts[1].numel() // width
-        return torch.cat([part.reshape(groups, -1, width) for part in parts], 1).reshape(-1, parts[1].shape[-1])
+        return torch.cat([part.reshape(groups, -1, width) for part in parts], 1).reshape(
+            -1, parts[1].shape[-1]
+        )
     return torch.cat(list(parts)) if how == "gate_up" else parts[0]
 
 
@@ -166,7 +168,9 @@ class _HfFiles:
     def slice(self, name: str, how: str, index: int, size: int) -> Tensor:
         """Part `index` of `size` of a tensor, divided in the dim that `how` says."""
         if name not in self._file_of:
-            raise ConfigError(f"model = '{self.source}': no tensor '{name}' in its safetensors; the download is incomplete")
+            raise ConfigError(
+                f"model = '{self.source}': no tensor '{name}' in its safetensors; the download is incomplete"
+            )
         whole = self._open(self._file_of[name]).get_slice(name)
         if how == "whole":
             return whole[:]
@@ -185,7 +189,9 @@ class _HfFiles:
             try:
                 self._handles[file] = safe_open(self.source / file, framework="pt")
             except (OSError, SafetensorError) as err:
-                raise ConfigError(f"model = '{self.source}': cannot read {file} ({err}); download it again") from err
+                raise ConfigError(
+                    f"model = '{self.source}': cannot read {file} ({err}); download it again"
+                ) from err
         return self._handles[file]
 
 
@@ -200,8 +206,14 @@ class Export:
 
     def __init__(self, model: torch.nn.Module, shape: ModelShape, groups: Groups) -> None:
         self._shape, self._groups = shape, groups
-        self._mine = {cut.names: tensor for cut, tensor in described(model, shape, groups) if _represents(cut, groups, shape)}
-        entries = [(cut, tuple(t.shape)) for cut, t in described(model, shape, groups) if cut.names in self._mine]
+        self._mine = {
+            cut.names: tensor
+            for cut, tensor in described(model, shape, groups)
+            if _represents(cut, groups, shape)
+        }
+        entries = [
+            (cut, tuple(t.shape)) for cut, t in described(model, shape, groups) if cut.names in self._mine
+        ]
         everyone: list[Any] = [None] * groups.layout.world_size
         dist.all_gather_object(everyone, entries)
         self.dtype = next(iter(model.parameters())).dtype
@@ -219,7 +231,9 @@ class Export:
             shards = self._bring(block)
             if self._groups.rank == 0:
                 for part in block:
-                    whole = join(part.cut.how, [shards[rank, part.cut.names] for rank, _ in part.shards], self._shape)
+                    whole = join(
+                        part.cut.how, [shards[rank, part.cut.names] for rank, _ in part.shards], self._shape
+                    )
                     yield from zip(part.cut.names, whole, strict=True)
 
     def _bring(self, block: list[_Part]) -> dict[tuple[int, tuple[str, ...]], Tensor]:
@@ -235,7 +249,9 @@ class Export:
             return {}
         shards: dict[tuple[int, tuple[str, ...]], Tensor] = {}
         buffers = {
-            rank: torch.empty(sum(_numel(size) for _, size in entries), dtype=self.dtype, device=self._groups.device)
+            rank: torch.empty(
+                sum(_numel(size) for _, size in entries), dtype=self.dtype, device=self._groups.device
+            )
             for rank, entries in contents.items()
             if rank != 0
         }
@@ -277,7 +293,9 @@ def _plan_blocks(everyone: list[list[tuple[Cut, tuple[int, ...]]]], itemsize: in
     for rank, entries in enumerate(everyone):
         for cut, size in entries:
             holders.setdefault(cut, []).append((rank, size))
-    parts = [_Part(cut, tuple(shards)) for cut, shards in sorted(holders.items(), key=lambda item: _order(item[0]))]
+    parts = [
+        _Part(cut, tuple(shards)) for cut, shards in sorted(holders.items(), key=lambda item: _order(item[0]))
+    ]
     blocks: list[list[_Part]] = [[]]
     filled = 0
     for part in parts:

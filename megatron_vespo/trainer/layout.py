@@ -114,7 +114,9 @@ def check_layout(layout: LayoutConfig, shape: ModelShape) -> None:
     _must_divide("pipeline", layout.pipeline, {"layers": shape.num_layers})
     if not shape.num_experts:
         if layout.expert > 1:
-            raise ConfigError(f"layout.expert = {layout.expert}: the model is dense; leave it out, or set it to 1")
+            raise ConfigError(
+                f"layout.expert = {layout.expert}: the model is dense; leave it out, or set it to 1"
+            )
         return
     ranks = layout.tensor * layout.context * layout.data
     shard = layout.resolved_expert_tensor
@@ -185,6 +187,7 @@ def init_process_groups(layout: LayoutConfig, place: Place, *, device: str, time
     import torch
     from megatron.core import parallel_state
 
+    groups: Any = parallel_state  # its getters are annotated with what they were before initialization
     if device == "cuda":
         torch.cuda.set_device(place.rank % torch.cuda.device_count())
     elif _is_loopback(place.master_addr):
@@ -210,9 +213,9 @@ def init_process_groups(layout: LayoutConfig, place: Place, *, device: str, time
         layout,
         place.rank,
         torch.device("cpu") if device == "cpu" else torch.device("cuda", torch.cuda.current_device()),
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_context_parallel_group(),
-        parallel_state.get_pipeline_model_parallel_group(),
+        groups.get_tensor_model_parallel_group(),
+        groups.get_context_parallel_group(),
+        groups.get_pipeline_model_parallel_group(),
     )
 
 

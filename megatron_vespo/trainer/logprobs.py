@@ -30,7 +30,9 @@ class Head:
     """Tokens whose logits exist at one time."""
 
 
-def token_logp(hidden: Tensor, weight_Vh: Tensor, at_S: Tensor, label_S: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def token_logp(
+    hidden: Tensor, weight_Vh: Tensor, at_S: Tensor, label_S: Tensor, head: Head
+) -> tuple[Tensor, Tensor]:
     """Log-probs of `label_S` and entropies of their distributions, both [S] float32, nats.
 
         z = hidden W^T / temperature      logp = z[label] - logsumexp(z)      entropy = logsumexp(z) - sum p z
@@ -50,7 +52,9 @@ class _TokenLogp(torch.autograd.Function):
     """d logp / d z = (onehot - softmax) / temperature, recomputed chunk by chunk in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, at: Tensor, label: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, at: Tensor, label: Tensor, head: Head
+    ) -> tuple[Tensor, Tensor]:
         hidden_Sh = _gather(hidden, head).flatten(0, 1)[at]
         label = label - head.group.rank() * weight.shape[0]  # row in this rank's part, or out of it
         stats = torch.empty(4, len(at), device=hidden.device)  # max, sum e, sum e z, z[label]
@@ -63,9 +67,10 @@ class _TokenLogp(torch.autograd.Function):
         return target - logsumexp, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden_Sh, weight, at, label, logsumexp = ctx.saved_tensors
         head: Head = ctx.head
+        grad_logp, _ = grad_outputs
         grad_Sh = torch.empty_like(hidden_Sh)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for part in _chunks(len(at), head.chunk_tokens):

@@ -79,7 +79,7 @@ def transformer_config(cfg: TrainerConfig, shape: ModelShape) -> TransformerConf
     if shape.num_experts:
         fields |= _moe_fields(cfg, shape)
     if cfg.recompute:
-        fields |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(**(fields | cfg.megatron))
 
 
@@ -89,12 +89,14 @@ def build_model(cfg: TrainerConfig, shape: ModelShape, *, stage: int) -> GPTMode
     Its forward gives hidden states [s, b, h] on every stage; under sequence parallelism s is this rank's slice.
     """
     config = transformer_config(cfg, shape)
+    spec: Any  # GPTModel takes block specs as well as the layer specs that it is annotated with
     if use_transformer_engine(cfg):
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     else:
         num_layers = len(layers_of_stage(cfg.layout, shape, stage))
-        spec = TransformerBlockSubmodules(layer_specs=[_local_layer(config)] * num_layers, layer_norm=RMSNorm)
-    model = GPTModel(
+        norm: Any = RMSNorm
+        spec = TransformerBlockSubmodules(layer_specs=[_local_layer(config)] * num_layers, layer_norm=norm)
+    model: Any = GPTModel(
         config,
         spec,
         vocab_size=shape.vocab_size,
@@ -111,7 +113,7 @@ def build_model(cfg: TrainerConfig, shape: ModelShape, *, stage: int) -> GPTMode
     return model.to(config.params_dtype)
 
 
-def head_weight(model: GPTModel) -> Tensor:
+def head_weight(model: Any) -> Tensor:
     """[V / tensor, h], this rank's rows of the LM head (the embedding itself where it is tied); last stage only."""
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
@@ -135,68 +137,69 @@ def _check_overrides(overrides: dict[str, Any]) -> None:
 
 
 def _model_fields(shape: ModelShape) -> dict[str, Any]:
-    return dict(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_groups,
-        kv_channels=shape.head_dim,
-        ffn_hidden_size=shape.ffn_size,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=True,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_groups,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.ffn_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "qk_layernorm": True,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
 
 
 def _numeric_fields(cfg: TrainerConfig) -> dict[str, Any]:
     dtype = DTYPES[cfg.dtype]
-    return dict(
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True,  # no division by microbatches or data ranks: see step.py
-        use_cpu_initialization=cfg.device == "cpu",
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-    )
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "calculate_per_token_loss": True,  # no division by microbatches or data ranks: see step.py
+        "use_cpu_initialization": cfg.device == "cpu",
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+    }
 
 
 def _layout_fields(cfg: TrainerConfig) -> dict[str, Any]:
     layout = cfg.layout
-    return dict(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.resolved_expert_tensor,
-        sequence_parallel=layout.tensor > 1,  # Megatron refuses to train MoE with tensor parallelism otherwise
-        batch_p2p_sync=False,
-    )
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.resolved_expert_tensor,
+        "sequence_parallel": layout.tensor
+        > 1,  # Megatron refuses to train MoE with tensor parallelism otherwise
+        "batch_p2p_sync": False,
+    }
 
 
 def _moe_fields(cfg: TrainerConfig, shape: ModelShape) -> dict[str, Any]:
-    return dict(
-        num_moe_experts=shape.num_experts,
-        moe_router_topk=shape.experts_per_token,
-        moe_ffn_hidden_size=shape.expert_ffn_size,
-        moe_router_score_function="softmax",
-        moe_router_pre_softmax=not shape.normalized_top_k,  # softmax over the chosen logits == renormalized top-k
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=use_transformer_engine(cfg),
-        moe_permute_fusion=False,
-    )
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.expert_ffn_size,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not shape.normalized_top_k,  # softmax over the chosen logits == renormalized top-k
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": use_transformer_engine(cfg),
+        "moe_permute_fusion": False,
+    }
 
 
 # ------------------------------------------------------------------------------- the torch-only layer spec

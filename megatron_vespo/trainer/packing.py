@@ -37,7 +37,9 @@ class Microbatch:
     """Padded inputs per row, before the context axis divides them."""
 
 
-def plan(sequences: Sequence[TrainSequence], *, data_ranks: int, max_tokens: int, multiple: int) -> list[list[Microbatch]]:
+def plan(
+    sequences: Sequence[TrainSequence], *, data_ranks: int, max_tokens: int, multiple: int
+) -> list[list[Microbatch]]:
     """Microbatches of each data rank: the same number, with the same shapes, for every rank.
 
     Sequences are sorted by length and cut greedily where padded tokens reach `max_tokens`; those of one cut are
@@ -87,7 +89,9 @@ class Inputs:
     """[S] nats; nan where the sequence has none."""
 
 
-def cut(sequences: Sequence[TrainSequence], microbatch: Microbatch, *, context: int, context_rank: int) -> Inputs:
+def cut(
+    sequences: Sequence[TrainSequence], microbatch: Microbatch, *, context: int, context_rank: int
+) -> Inputs:
     """The microbatch's arrays for one context rank (zig-zag: it holds chunks r and 2 * context - 1 - r)."""
     columns = zigzag(microbatch.length, context, context_rank)
     offsets = response_offsets(sequences)
@@ -99,7 +103,9 @@ def cut(sequences: Sequence[TrainSequence], microbatch: Microbatch, *, context: 
             continue
         sequence = sequences[index]
         tokens[row, : len(sequence.token_ids) - 1] = sequence.token_ids[:-1]
-        column = np.flatnonzero((columns >= sequence.num_prompt_tokens - 1) & (columns < len(sequence.token_ids) - 1))
+        column = np.flatnonzero(
+            (columns >= sequence.num_prompt_tokens - 1) & (columns < len(sequence.token_ids) - 1)
+        )
         response = columns[column] + 1 - sequence.num_prompt_tokens  # 0 .. T-1
         parts.append((
             column * len(microbatch.rows) + row,
@@ -109,7 +115,9 @@ def cut(sequences: Sequence[TrainSequence], microbatch: Microbatch, *, context: 
         ))  # fmt: skip
         known = sequence.behavior_logp
         behavior.append(np.full(len(column), np.nan, np.float32) if known is None else known[response])
-    at, label, row_S, token = (np.concatenate(part) for part in zip(*parts, strict=True)) if parts else _nothing(4)
+    at, label, row_S, token = (
+        (np.concatenate(part) for part in zip(*parts, strict=True)) if parts else _nothing(4)
+    )
     return Inputs(
         tokens[:, columns], np.broadcast_to(columns, (len(microbatch.rows), len(columns))).copy(),
         at, label, row_S, token, np.concatenate(behavior),

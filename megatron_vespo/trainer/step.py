@@ -48,7 +48,14 @@ class TrainerRank:
     """
 
     def __init__(
-        self, cfg: TrainerConfig, model: Path, algorithm: AlgorithmConfig, *, temperature: float, seed: int, place: Place
+        self,
+        cfg: TrainerConfig,
+        model: Path,
+        algorithm: AlgorithmConfig,
+        *,
+        temperature: float,
+        seed: int,
+        place: Place,
     ) -> None:
         cpu.install() if cfg.device == "cpu" else cpu.require_cuda()
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -60,13 +67,17 @@ class TrainerRank:
         self.shape = read_model_shape(model)
         check_layout(cfg.layout, self.shape)
         self._cfg, self._source, self._algorithm = cfg, model, algorithm
-        self.groups = init_process_groups(cfg.layout, place, device=cfg.device, timeout_s=cfg.collective_timeout_s)
+        self.groups = init_process_groups(
+            cfg.layout, place, device=cfg.device, timeout_s=cfg.collective_timeout_s
+        )
         model_parallel_cuda_manual_seed(seed)
         self.model = build_model(cfg, self.shape, stage=self.groups.at.pipeline).to(self.groups.device)
         load_hf(self.model, model, self.shape, self.groups)
         self._ddp, self._optimizer = _with_optimizer(self.model, cfg)
         self._export = Export(self.model, self.shape, self.groups)
-        self._router = _RouterCapture(self.model, layers_of_stage(cfg.layout, self.shape, self.groups.at.pipeline))
+        self._router = _RouterCapture(
+            self.model, layers_of_stage(cfg.layout, self.shape, self.groups.at.pipeline)
+        )
         self._head = Head(
             group=self.groups.tensor,
             sequence_parallel=self.model.config.sequence_parallel,
@@ -76,7 +87,9 @@ class TrainerRank:
 
     # ------------------------------------------------------------------------------------------- training
 
-    def step(self, sequences: Sequence[TrainSequence], step_number: int, *, capture_experts: bool = True) -> RankOutput:
+    def step(
+        self, sequences: Sequence[TrainSequence], step_number: int, *, capture_experts: bool = True
+    ) -> RankOutput:
         """One optimizer step on the whole batch.
 
         Args:
@@ -113,7 +126,12 @@ class TrainerRank:
         return store.output({"forward": time.perf_counter() - started})
 
     def _run(
-        self, sequences: Sequence[TrainSequence], step_number: int | None, *, train: bool, capture_experts: bool
+        self,
+        sequences: Sequence[TrainSequence],
+        step_number: int | None,
+        *,
+        train: bool,
+        capture_experts: bool,
     ) -> _Store:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -121,7 +139,10 @@ class TrainerRank:
         layout, at = self._cfg.layout, self.groups.at
         multiple = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
         microbatches = plan(
-            sequences, data_ranks=layout.data, max_tokens=self._cfg.max_tokens_per_microbatch, multiple=multiple
+            sequences,
+            data_ranks=layout.data,
+            max_tokens=self._cfg.max_tokens_per_microbatch,
+            multiple=multiple,
         )[at.data]
         store = _Store(
             sequences=sequences,
@@ -150,7 +171,9 @@ class TrainerRank:
         """Megatron's forward_step: hidden states of one microbatch, and the closure that makes its loss."""
         microbatch, layout, at = next(microbatches), self._cfg.layout, self.groups.at
         inputs = cut(store.sequences, microbatch, context=layout.context, context_rank=at.context)
-        tokens, positions = (torch.from_numpy(x).to(self.groups.device) for x in (inputs.tokens, inputs.positions))
+        tokens, positions = (
+            torch.from_numpy(x).to(self.groups.device) for x in (inputs.tokens, inputs.positions)
+        )
         if store.capture_experts:
             self._router.start()
         hidden = model(tokens, positions, None)
@@ -164,7 +187,9 @@ class TrainerRank:
         columns = zigzag(microbatch.length, layout.context, at.context)
         return input_numbers(sequences, microbatch, np.split(columns, layout.tensor)[at.tensor])
 
-    def _loss(self, store: _Store, microbatch: Microbatch, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def _loss(
+        self, store: _Store, microbatch: Microbatch, inputs: Inputs, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, dict]:
         """This microbatch's share of the loss, on the last stage.
 
         The three-value form with calculate_per_token_loss makes Megatron neither multiply nor divide: see
@@ -173,17 +198,23 @@ class TrainerRank:
         from megatron_vespo.trainer.logprobs import token_logp
         from megatron_vespo.trainer.model import head_weight
 
-        at, label, row = (torch.from_numpy(x).to(hidden.device) for x in (inputs.at, inputs.label, inputs.row))
+        at, label, row = (
+            torch.from_numpy(x).to(hidden.device) for x in (inputs.at, inputs.label, inputs.row)
+        )
         logp, entropy = token_logp(hidden, head_weight(self.model), at, label, self._head)
         loss = logp.double().sum() * 0  # scoring: nothing to differentiate
         c, log_w = torch.zeros(0), torch.zeros(0)
         if store.train:
             log_ratio = _log_ratio(logp, inputs.behavior_logp)
             log_w = self._sequence_sums(log_ratio, row, len(microbatch.rows))
-            loss, c = self._policy_loss(store, microbatch, logp, Ratios(log_ratio_S=log_ratio, log_w_N=log_w, seq_S=row))
+            loss, c = self._policy_loss(
+                store, microbatch, logp, Ratios(log_ratio_S=log_ratio, log_w_N=log_w, seq_S=row)
+            )
         store.note_problem(microbatch, inputs, logp.detach(), loss.detach())
         if self.groups.at.tensor == 0:  # the other tensor ranks computed the same
-            store.tokens.append((inputs.token, *(x.detach().double().cpu().numpy() for x in (logp, entropy, c))))
+            store.tokens.append(
+                (inputs.token, *(x.detach().double().cpu().numpy() for x in (logp, entropy, c)))
+            )
             store.sequences_done.append(_known(microbatch, log_w))
             store.loss += float(loss.detach())
         return loss, torch.tensor(0, dtype=torch.int), {}
@@ -198,9 +229,13 @@ class TrainerRank:
             dist.all_reduce(log_w, group=self.groups.context)
         return log_w
 
-    def _policy_loss(self, store: _Store, microbatch: Microbatch, logp: Tensor, ratios: Ratios) -> tuple[Tensor, Tensor]:
+    def _policy_loss(
+        self, store: _Store, microbatch: Microbatch, logp: Tensor, ratios: Ratios
+    ) -> tuple[Tensor, Tensor]:
         def per_row(values: Mapping[int, float]) -> Tensor:
-            return torch.tensor([values.get(i, 0.0) for i in microbatch.rows], dtype=torch.float64, device=logp.device)
+            return torch.tensor(
+                [values.get(i, 0.0) for i in microbatch.rows], dtype=torch.float64, device=logp.device
+            )
 
         advantage = per_row({i: store.sequences[i].advantage for i in microbatch.rows if i != DUMMY})
         weight = per_row({i: float(store.weight[i]) for i in microbatch.rows if i != DUMMY})
@@ -260,7 +295,9 @@ class TrainerRank:
         """
         rank_state = {
             "model": {name: p.detach() for name, p in self.model.named_parameters()},
-            "optimizer": checkpoint.optimizer_state(self._optimizer, with_main_weights=self._cfg.dtype != "float32"),
+            "optimizer": checkpoint.optimizer_state(
+                self._optimizer, with_main_weights=self._cfg.dtype != "float32"
+            ),
             "generators": checkpoint.generator_state(),
         }
         facts = {"step": step_number, "state": dict(state), **self._facts()}
@@ -281,7 +318,9 @@ class TrainerRank:
         destroy_process_groups()
 
     def _facts(self) -> dict[str, Any]:
-        return checkpoint.same_run_facts(self.shape, self.groups, self._cfg.dtype, self._cfg.optimizer.distributed)
+        return checkpoint.same_run_facts(
+            self.shape, self.groups, self._cfg.dtype, self._cfg.optimizer.distributed
+        )
 
 
 @dataclass
@@ -308,9 +347,13 @@ class _Store:
             first = int(torch.isfinite(logp).logical_not().nonzero()[0])
             self.problem = microbatch.rows[int(inputs.row[first])]
         elif not torch.isfinite(loss):
-            self.problem = len(self.sequences) + microbatch.rows[0]
+            # Log-probs are finite, so an advantage has overflowed it.
+            real = [i for i in microbatch.rows if i != DUMMY]
+            self.problem = len(self.sequences) + max(real, key=lambda i: abs(self.sequences[i].advantage))
 
-    def output(self, time_s: dict[str, float], *, grad_norm: float = 0.0, learning_rate: float = 0.0) -> RankOutput:
+    def output(
+        self, time_s: dict[str, float], *, grad_norm: float = 0.0, learning_rate: float = 0.0
+    ) -> RankOutput:
         token, logp, entropy, c = _columns(self.tokens, 4)
         sequence, log_w = _columns(self.sequences_done, 2)
         return RankOutput(
@@ -382,7 +425,9 @@ def _with_optimizer(model: Any, cfg: TrainerConfig) -> tuple[Any, Any]:
 
     ddp = DistributedDataParallel(
         model.config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=cfg.optimizer.distributed),
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=cfg.optimizer.distributed
+        ),
         model,
     )
     config = MegatronOptimizerConfig(

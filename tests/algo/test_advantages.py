@@ -11,7 +11,9 @@ def test_group_mean_is_subtracted():
 
 def test_std_scale_divides_by_the_unbiased_deviation():
     # deviations +-1/2, variance 4 * 1/4 / 3 = 1/3, so A = +-0.5 * sqrt(3)
-    np.testing.assert_allclose(group_advantages([1, 0, 0, 1], scale="std"), np.array([1, -1, -1, 1]) * 0.8660254, rtol=1e-5)
+    np.testing.assert_allclose(
+        group_advantages([1, 0, 0, 1], scale="std"), np.array([1, -1, -1, 1]) * 0.8660254, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("scale", ["none", "std"])

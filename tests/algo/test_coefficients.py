@@ -13,7 +13,9 @@ def phi(log_w: float, advantage: float) -> float:
     """phi of one sequence of one token, in float64."""
     one = torch.zeros(1, dtype=torch.int64)
     log_w_N = torch.tensor([log_w], dtype=torch.float64)
-    return coefficient(VESPO, Ratios(log_ratio_S=log_w_N, log_w_N=log_w_N, seq_S=one), torch.tensor([advantage])).item()
+    return coefficient(
+        VESPO, Ratios(log_ratio_S=log_w_N, log_w_N=log_w_N, seq_S=one), torch.tensor([advantage])
+    ).item()
 
 
 @pytest.mark.parametrize(
@@ -55,13 +57,19 @@ def test_the_whole_sequence_has_one_coefficient_and_splitting_it_changes_it():
     whole = Ratios(log_ratio_S=log_ratio, log_w_N=log_ratio.sum()[None], seq_S=torch.tensor([0, 0, 0]))
     c = coefficient(VESPO, whole, torch.tensor([1.0]))
     assert (c == c[0]).all()
-    split = Ratios(log_ratio_S=log_ratio, log_w_N=torch.stack([log_ratio[:1].sum(), log_ratio[1:].sum()]), seq_S=torch.tensor([0, 1, 1]))
+    split = Ratios(
+        log_ratio_S=log_ratio,
+        log_w_N=torch.stack([log_ratio[:1].sum(), log_ratio[1:].sum()]),
+        seq_S=torch.tensor([0, 1, 1]),
+    )
     assert not torch.allclose(coefficient(VESPO, split, torch.tensor([1.0, 1.0])), c)
 
 
 def test_on_policy_every_algorithm_is_reinforce():
     zero = torch.zeros(4)
-    ratios = Ratios(log_ratio_S=zero, log_w_N=torch.zeros(2, dtype=torch.float64), seq_S=torch.tensor([0, 0, 1, 1]))
+    ratios = Ratios(
+        log_ratio_S=zero, log_w_N=torch.zeros(2, dtype=torch.float64), seq_S=torch.tensor([0, 0, 1, 1])
+    )
     for name in COEFFICIENTS:
         c = coefficient(AlgorithmConfig(name=name), ratios, torch.tensor([1.0, -1.0]))
         assert c.tolist() == [1, 1, 1, 1], name

@@ -15,8 +15,14 @@ ADVANTAGE = [1.0, -0.5, -0.5]
 
 def loss_and_gradient(order, weight_N, extra_zero_weight_tokens=0):
     """Loss and d loss / d log pi of the sequences in `order`, packed into one microbatch."""
-    logp = torch.tensor(sum((LOG_PI[i] for i in order), []) + [-7.0] * extra_zero_weight_tokens, dtype=torch.float64, requires_grad=True)
-    mu = torch.tensor(sum((LOG_MU[i] for i in order), []) + [-7.0] * extra_zero_weight_tokens, dtype=torch.float64)
+    logp = torch.tensor(
+        [x for i in order for x in LOG_PI[i]] + [-7.0] * extra_zero_weight_tokens,
+        dtype=torch.float64,
+        requires_grad=True,
+    )
+    mu = torch.tensor(
+        [x for i in order for x in LOG_MU[i]] + [-7.0] * extra_zero_weight_tokens, dtype=torch.float64
+    )
     lengths = torch.tensor([len(LOG_PI[i]) for i in order])
     lengths[-1] += extra_zero_weight_tokens
     seq = torch.repeat_interleave(torch.arange(len(order)), lengths)

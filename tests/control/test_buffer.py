@@ -21,7 +21,9 @@ def group(index: int, version: int) -> Group:
     return Group(rollouts=(Rollout(prompt=prompt, response=response, reward=0, advantage=0),) * 2)
 
 
-async def run(per_step: int, max_staleness: int, delays: list[int], num_steps: int) -> tuple[list[int], list[int]]:
+async def run(
+    per_step: int, max_staleness: int, delays: list[int], num_steps: int
+) -> tuple[list[int], list[int]]:
     """Simulate; -> staleness of every group taken, and the admission index in the order of training."""
     buffer = GroupBuffer(prompts_per_step=per_step, max_staleness=max_staleness, version=0)
     served, admitted = 0, iter(range(10**6))

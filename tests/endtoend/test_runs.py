@@ -61,7 +61,10 @@ class Run:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("TEST_MARK") == self.mark:
+                if (
+                    process.status() != psutil.STATUS_ZOMBIE
+                    and process.environ().get("TEST_MARK") == self.mark
+                ):
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
@@ -106,7 +109,14 @@ def start(place: Path, request: pytest.FixtureRequest):
 def sft(place: Path, name: str, model: str, *overrides: str) -> list[str]:
     inputs = place / "inputs"
     data = f"data.train={inputs / 'demonstrations.parquet'}"
-    return ["sft", "configs/demo_sft.toml", f"run_dir={place / name}", f"model={inputs / model}", data, *overrides]
+    return [
+        "sft",
+        "configs/demo_sft.toml",
+        f"run_dir={place / name}",
+        f"model={inputs / model}",
+        data,
+        *overrides,
+    ]
 
 
 def rl(place: Path, name: str, *overrides: str) -> list[str]:
@@ -179,7 +189,10 @@ def test_rollout_files_explain_log_w_token_by_token(place):
     uids = [row["uid"] for row in rows[::4]]
     assert len(uids) == len(set(uids)), "a prompt was trained on twice, across an interruption"
     for row in rows:
-        policy, behavior = np.array(row["policy_logp"], np.float64), np.array(row["behavior_logp"], np.float64)
+        policy, behavior = (
+            np.array(row["policy_logp"], np.float64),
+            np.array(row["behavior_logp"], np.float64),
+        )
         assert len(policy) == len(behavior) == len(row["response_ids"]) == len(row["versions"])
         assert row["log_w"] == pytest.approx((policy - behavior).sum(), abs=1e-5)
         fresh = np.array(row["versions"]) == row["train_version"]
@@ -192,14 +205,23 @@ def test_the_weights_that_trained_are_the_weights_that_sampled(place):
     for row in pq.read_table(place / "rl" / "rollouts" / "step_000001.parquet").to_pylist()[:6]:
         ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
         with torch.no_grad():
-            logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :, 0]
+            logp = (
+                model(ids)
+                .logits[0, :-1]
+                .log_softmax(-1)
+                .gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :, 0]
+            )
         np.testing.assert_allclose(row["behavior_logp"], logp, atol=1e-4)
 
 
 def test_a_killed_server_ends_the_run_with_its_log_and_saves_the_steps(place, start):
     run = start(*rl(place, "killed", "loop.num_steps=500"))
     run.wait_for("step    1 |")
-    (server,) = [p for p in run.living() if "sglang.launch_server" in p.cmdline() and "multiprocessing" not in str(p.cmdline())]
+    (server,) = [
+        p
+        for p in run.living()
+        if "sglang.launch_server" in p.cmdline() and "multiprocessing" not in str(p.cmdline())
+    ]
     killed_at = time.monotonic()
     server.kill()
     assert run.wait() == 1

@@ -142,11 +142,11 @@ def test_a_scored_sequence_has_the_logprobs_of_its_response():
         "input_token_logprobs": [[None, 1], [-9.0, 2], [-1.0, 3], [-2.0, 4]],
         "routed_experts": encoded(EXPERTS[:3]),
     }
-    scored = parse_scored({"meta_info": meta}, [1, 2, 3, 4], 2, FACTS, "who")
+    scored = parse_scored({"meta_info": meta}, [1, 2, 3, 4], 2, FACTS, True, "who")
     assert scored.logp.tolist() == [-1.0, -2.0]
     assert scored.experts.shape == (3, 2, 2)
     with pytest.raises(RunError, match="4 scored tokens: expected the 4 that were given"):
-        parse_scored({"meta_info": meta}, [1, 2, 3, 5], 2, FACTS, "who")
+        parse_scored({"meta_info": meta}, [1, 2, 3, 5], 2, FACTS, True, "who")
 
 
 def run(served_model, handlers, work, *, timeout_s=5.0, dead=None, temperature=1.0):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -142,6 +143,17 @@ def test_scoring_agrees_with_sampling(sglang_server, server_rollout_config, refe
         assert (np.sort(score.experts, -1) == np.sort(response.experts, -1)).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_every_token_of_the_vocabulary_can_be_scored(
+    sglang_server, server_rollout_config, reference, temperature
+):
+    """SGLang reports the last id under another name."""
+    ids = np.arange(264, dtype=np.int32)
+    given = TrainSequence(uid="all", token_ids=ids, num_prompt_tokens=1)
+    (score,) = ask(sglang_server, server_rollout_config, lambda e: e.score([given]), temperature=temperature)
+    assert np.abs(score.logp - logp_of(reference, ids, 1, temperature)).max() < 1e-4
+
+
 def test_a_sequence_as_long_as_the_context_is_served_whole(sglang_server, server_rollout_config, prompt):
     room = server_rollout_config.context_length - len(prompt.token_ids)
     full = np.full(server_rollout_config.context_length, 65, np.int32)
@@ -256,6 +268,29 @@ def test_a_wrong_push_is_refused_and_generation_does_not_go_on(sglang_server, ne
     assert time.monotonic() - began < 10
     with pytest.raises(RunError, match="half updated"):
         connection.push(iter(tensors.items()), version=1)
+
+
+def test_the_trainers_own_process_group_is_left_alone(sglang_server, new_weights, tmp_path):
+    """Connect, push and close twice beside a default group: the second connection finds nothing of the first."""
+    tensors, _ = new_weights
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for version in (1, 2):
+            sync = WeightSync.connect(
+                sglang_server.url,
+                sglang_server.model,
+                backend="gloo",
+                device=torch.device("cpu"),
+                bucket_bytes=10**9,
+                timeout_s=30,
+            )
+            sync.push(iter(tensors.items()), version)
+            sync.close()
+        counted = torch.ones(1)
+        dist.all_reduce(counted)
+        assert counted.item() == 1
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_bucket_that_the_server_refuses_unread_leaves_nobody_waiting(connection):

@@ -233,6 +233,9 @@ def test_a_killed_server_is_reported_at_once_and_leaves_nothing(
                 await sampling
             assert time.monotonic() - began < 10
             await engine.close()
+            wait_until(
+                lambda: not _living_members(server.pid), within_s=10
+            )  # its children follow by themselves
         return server
 
     server = asyncio.run(main())

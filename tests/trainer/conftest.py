@@ -52,7 +52,9 @@ def make_batch(num=6, seed=0, behavior_noise: float | None = None) -> list[Train
         length, num_prompt = int(rng.integers(8, 31)), int(rng.integers(3, 7))
         behavior = None
         if behavior_noise is not None:
-            behavior = (-np.log(VOCAB) + behavior_noise * rng.standard_normal(length - num_prompt)).astype(np.float32)
+            behavior = (-np.log(VOCAB) + behavior_noise * rng.standard_normal(length - num_prompt)).astype(
+                np.float32
+            )
         batch.append(
             TrainSequence(
                 uid=f"prompt-{i}",
@@ -69,14 +71,19 @@ def _write_model(directory, *, moe, tie_word_embeddings):
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    sizes = dict(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rope_theta=1e6,
-        tie_word_embeddings=tie_word_embeddings, initializer_range=0.1,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "rope_theta": 1e6,
+        "tie_word_embeddings": tie_word_embeddings, "initializer_range": 0.1,
+    }  # fmt: skip
     torch.manual_seed(1)
     if moe:
-        experts = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
+        experts = {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        }
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**sizes))

@@ -34,7 +34,10 @@ class Pool:
             self.workers[i][1].send(("leave", ()))
         self._answers(len(self.workers))
         world_size, port = cfg.layout.world_size, free_port()
-        places = [Place(rank=r, world_size=world_size, master_addr="127.0.0.1", master_port=port) for r in range(world_size)]
+        places = [
+            Place(rank=r, world_size=world_size, master_addr="127.0.0.1", master_port=port)
+            for r in range(world_size)
+        ]
         settings = {"algorithm": AlgorithmConfig(name="reinforce"), "temperature": 1.0, "seed": 0} | options
         for (_, pipe), place in zip(self.workers, places, strict=False):
             pipe.send(("start", (cfg, model, settings, place)))
@@ -57,8 +60,9 @@ class Pool:
         return answers
 
     def close(self) -> None:
-        for process, pipe in self.workers:
+        for _, pipe in self.workers:
             pipe.close()
+        for process, _ in self.workers:
             process.join(5)
             if process.is_alive():
                 process.kill()
@@ -163,15 +167,15 @@ class _Worker:
         """This rank's position as megatron's own globals have it."""
         from megatron.core import parallel_state as ps
 
-        return dict(
-            tensor=ps.get_tensor_model_parallel_rank(),
-            context=ps.get_context_parallel_rank(),
-            data=ps.get_data_parallel_rank(),
-            pipeline=ps.get_pipeline_model_parallel_rank(),
-            expert=ps.get_expert_model_parallel_rank(),
-            expert_tensor=ps.get_expert_tensor_parallel_rank(),
-            expert_data=ps.get_expert_data_parallel_rank(),
-        )
+        return {
+            "tensor": ps.get_tensor_model_parallel_rank(),
+            "context": ps.get_context_parallel_rank(),
+            "data": ps.get_data_parallel_rank(),
+            "pipeline": ps.get_pipeline_model_parallel_rank(),
+            "expert": ps.get_expert_model_parallel_rank(),
+            "expert_tensor": ps.get_expert_tensor_parallel_rank(),
+            "expert_data": ps.get_expert_data_parallel_rank(),
+        }
 
     def poison(self, value: float) -> None:
         """Overwrite one weight of the last layer norm, on the ranks that hold it."""

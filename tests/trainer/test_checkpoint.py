@@ -16,10 +16,10 @@ from megatron_vespo.types import RunError
 @pytest.mark.parametrize(
     ("axes", "update"),
     [
-        (dict(tensor=2, pipeline=2, expert=2, optimizer={"distributed": True}), {}),
-        (dict(data=2, expert=2, optimizer={"distributed": True}), {"dtype": "bfloat16"}),
-        (dict(), {}),
-        (dict(data=2, expert=2), {"dtype": "bfloat16"}),
+        ({"tensor": 2, "pipeline": 2, "expert": 2, "optimizer": {"distributed": True}}, {}),
+        ({"data": 2, "expert": 2, "optimizer": {"distributed": True}}, {"dtype": "bfloat16"}),
+        ({}, {}),
+        ({"data": 2, "expert": 2}, {"dtype": "bfloat16"}),
     ],
     ids=str,
 )
@@ -70,7 +70,11 @@ def test_another_layout_model_or_optimizer_is_refused_by_name(pool, tiny_moe, ti
         (trainer_config(tensor=2), tiny_moe, r"layout\.tensor = 1, this run has 2"),
         (trainer_config(data=2, expert=1), tiny_moe, r"layout\.expert = 2, this run has 1"),
         (trainer_config(data=2), tiny_dense, r"this run has"),
-        (trainer_config(data=2, expert=2, optimizer={"distributed": True}), tiny_moe, r"numerics\.distributed_optimizer = False"),
+        (
+            trainer_config(data=2, expert=2, optimizer={"distributed": True}),
+            tiny_moe,
+            r"numerics\.distributed_optimizer = False",
+        ),
     ):
         with pytest.raises(RunError, match=message):
             pool.grid(cfg, model).call("load", directory)

@@ -31,6 +31,10 @@ NOT_ON_OUR_PATH = (
 """Sources with a literal CUDA device that a trainer rank does not reach with our settings (read in 0.16.1, 0.19.2)."""
 
 
+NEEDED_BY_THE_OLDEST_ALONE = ("megatron.core.transformer.moe.moe_utils",)
+"""Facade modules without a CUDA site in the newer versions that we support."""
+
+
 def source_of(module: str) -> str:
     return (CORE / Path(*module.split(".")[2:])).with_suffix(".py").read_text()
 
@@ -44,7 +48,9 @@ def test_the_installed_version_is_one_that_was_run():
 
 
 def test_an_unknown_version_is_refused_by_name():
-    with pytest.raises(Exception, match=r"megatron-core = 0\.20\.0: the CPU adaptation was made for 0\.16 to 0\.19"):
+    with pytest.raises(
+        Exception, match=r"megatron-core = 0\.20\.0: the CPU adaptation was made for 0\.16 to 0\.19"
+    ):
         cpu._check_version("0.20.0")
 
 
@@ -56,16 +62,22 @@ def test_every_patched_name_still_exists_upstream(name):
         owner = module.pop()
     tree: ast.AST = ast.parse(source_of(".".join(module)))
     if owner:
-        tree = next((n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == owner), ast.Module([], []))
+        tree = next(
+            (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == owner), ast.Module([], [])
+        )
     defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     imported = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
-    assert leaf in defined | imported, f"{name} is gone from megatron-core {version('megatron-core')}: adapt trainer/cpu.py"
+    assert leaf in defined | imported, (
+        f"{name} is gone from megatron-core {version('megatron-core')}: adapt trainer/cpu.py"
+    )
 
 
 @pytest.mark.parametrize("module", cpu.FACADE_MODULES)
 def test_every_facade_module_still_imports_torch_and_asks_for_cuda(module):
     text = source_of(module)
     assert "import torch" in text, f"{module} no longer imports torch by that name: the facade has no effect"
+    if module in NEEDED_BY_THE_OLDEST_ALONE and not version("megatron-core").startswith("0.16."):
+        return
     on_gpu = literal_sites(text) or "pin_memory" in text or ".cuda(" in text or "cuda.current_device" in text
     assert on_gpu, f"{module} no longer names CUDA: take it out of FACADE_MODULES"
 
@@ -87,7 +99,7 @@ def test_cuda_without_a_gpu_is_a_clear_error():
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ConfigError, match="trainer.device = 'cuda': no CUDA device is visible"):
+    with pytest.raises(ConfigError, match=r"trainer\.device = 'cuda': no CUDA device is visible"):
         cpu.require_cuda()
 
 
@@ -105,7 +117,9 @@ def test_a_float32_and_a_bfloat16_trainer_run_where_cuda_is_not(pool, tiny_moe):
 
     batch = make_batch(4)
     exact = pool.grid(trainer_config(), tiny_moe).step(batch)
-    cfg = trainer_config(data=2, expert=2, optimizer={"distributed": True}).model_copy(update={"dtype": "bfloat16"})
+    cfg = trainer_config(data=2, expert=2, optimizer={"distributed": True}).model_copy(
+        update={"dtype": "bfloat16"}
+    )
     rough = pool.grid(cfg, tiny_moe).step(batch)
     assert rough.loss == pytest.approx(exact.loss, abs=0.05)
     assert rough.grad_norm == pytest.approx(exact.grad_norm, rel=0.1)

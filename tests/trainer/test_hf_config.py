@@ -24,16 +24,22 @@ def test_a_directory_without_config_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(model_type="llama"), "model_type = 'llama', expected one of qwen3_moe, qwen3"),
-        (dict(model_type="no-such-model"), "transformers cannot read"),
-        (dict(attention_bias=True), "attention_bias = True, the trainer builds only False"),
-        (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
-        (dict(mlp_only_layers=[0]), r"mlp_only_layers = \[0\]"),
-        (dict(decoder_sparse_step=2), "decoder_sparse_step = 2"),
-        (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}), "rope_type = 'yarn'"),
+        ({"model_type": "llama"}, "model_type = 'llama', expected one of qwen3_moe, qwen3"),
+        ({"model_type": None}, "model_type = 'None', expected"),
+        ({"attention_bias": True}, "attention_bias = True, the trainer builds only False"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "rope_type = 'yarn'"),
     ],
     ids=lambda x: str(x)[:30],
 )
 def test_variants_that_are_not_built_are_refused(tiny_moe, tmp_path, fields, message):
     with pytest.raises(ConfigError, match=message):
         read_model_shape(changed(tiny_moe, tmp_path, **fields))
+
+
+def test_a_damaged_config_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"')
+    with pytest.raises(ConfigError, match="is not JSON"):
+        read_model_shape(tmp_path)

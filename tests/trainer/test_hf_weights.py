@@ -17,11 +17,11 @@ from megatron_vespo.types import RunError
 @pytest.mark.parametrize(
     ("kind", "axes"),
     [
-        ("tiny_moe", dict(tensor=2, pipeline=2, expert=2)),
-        ("tiny_moe", dict(data=4, expert=2)),
-        ("tiny_moe", dict(tensor=2)),  # experts divided over tensor ranks
-        ("tiny_dense", dict(tensor=2, pipeline=2)),  # tied embedding on both stages
-        ("tiny_dense", dict(tensor=2, context=2)),
+        ("tiny_moe", {"tensor": 2, "pipeline": 2, "expert": 2}),
+        ("tiny_moe", {"data": 4, "expert": 2}),
+        ("tiny_moe", {"tensor": 2}),  # experts divided over tensor ranks
+        ("tiny_dense", {"tensor": 2, "pipeline": 2}),  # tied embedding on both stages
+        ("tiny_dense", {"tensor": 2, "context": 2}),
     ],
     ids=str,
 )
@@ -45,12 +45,15 @@ def test_the_saved_directory_loads_in_transformers(pool, tiny_moe, tmp_path):
 
 def test_export_yields_the_same_order_whatever_the_layout_and_only_on_rank_0(pool, tiny_moe):
     names = []
-    for axes in (dict(), dict(tensor=2, pipeline=2, expert=2), dict(data=2, expert=2)):
+    for axes in ({}, {"tensor": 2, "pipeline": 2, "expert": 2}, {"data": 2, "expert": 2}):
         first, *others = pool.grid(trainer_config(**axes), tiny_moe).call("weights")
         names.append(list(first))
         assert not any(others)
     assert names[0] == names[1] == names[2]
-    assert names[0][0] == "model.embed_tokens.weight" and names[0][-2:] == ["model.norm.weight", "lm_head.weight"]
+    assert names[0][0] == "model.embed_tokens.weight" and names[0][-2:] == [
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
 
 
 def test_an_existing_directory_is_never_overwritten(pool, tiny_moe, tmp_path):
@@ -92,7 +95,10 @@ def with_a_wrong_shape(weights):
     ("change", "message"),
     [
         (without_one, r"no tensor 'model\.layers\.2\.mlp\.experts\.5\.up_proj\.weight' in its safetensors"),
-        (with_a_wrong_shape, r"model\.layers\.1\.self_attn\.o_proj\.weight of \[\[64, 32\]\] on rank 0; config\.json implies \[64, 64\]"),
+        (
+            with_a_wrong_shape,
+            r"model\.layers\.1\.self_attn\.o_proj\.weight of \[\[64, 32\]\] on rank 0; config\.json implies \[64, 64\]",
+        ),
     ],
 )
 def test_missing_or_misshapen_tensors_are_named(pool, tiny_moe, tmp_path, change, message):

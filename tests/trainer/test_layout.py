@@ -40,7 +40,12 @@ def test_a_rank_is_named_by_the_axes_that_have_several_ranks():
 
 @pytest.mark.parametrize(
     "axes",
-    [dict(tensor=2, pipeline=2, expert=2), dict(tensor=2, context=2), dict(data=2, expert=2, pipeline=2), dict(data=4, expert=2)],
+    [
+        {"tensor": 2, "pipeline": 2, "expert": 2},
+        {"tensor": 2, "context": 2},
+        {"data": 2, "expert": 2, "pipeline": 2},
+        {"data": 4, "expert": 2},
+    ],
     ids=str,
 )
 def test_coordinates_are_those_of_megatron(pool, tiny_moe, axes):
@@ -50,7 +55,10 @@ def test_coordinates_are_those_of_megatron(pool, tiny_moe, axes):
 
 
 def test_stages_hold_equal_runs_of_layers():
-    assert [list(layers_of_stage(LayoutConfig(pipeline=2), SHAPE, stage)) for stage in range(2)] == [[0, 1], [2, 3]]
+    assert [list(layers_of_stage(LayoutConfig(pipeline=2), SHAPE, stage)) for stage in range(2)] == [
+        [0, 1],
+        [2, 3],
+    ]
 
 
 def test_the_printed_grid_names_layers_and_experts_of_each_rank():
@@ -62,12 +70,12 @@ def test_the_printed_grid_names_layers_and_experts_of_each_rank():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        (dict(tensor=3), r"layout\.tensor = 3: must divide the 4 attention heads; set tensor to 2"),
-        (dict(tensor=4), r"layout\.tensor = 4: must divide the 2 key/value heads; set tensor to 2"),
-        (dict(pipeline=3), r"layout\.pipeline = 3: must divide the 4 layers; set pipeline to 2 or 4"),
-        (dict(expert=3, data=3), r"layout\.expert = 3: must divide the 8 experts"),
-        (dict(expert=4, data=2), r"layout\.expert = 4: must divide the 2 ranks of a pipeline stage; set expert to 2"),
-        (dict(expert=2, tensor=2, expert_tensor=2), r"layout\.expert_tensor = 2: expert \* expert_tensor .* set expert_tensor to 1"),
+        ({"tensor": 3}, r"layout\.tensor = 3: must divide the 4 attention heads; set tensor to 2"),
+        ({"tensor": 4}, r"layout\.tensor = 4: must divide the 2 key/value heads; set tensor to 2"),
+        ({"pipeline": 3}, r"layout\.pipeline = 3: must divide the 4 layers; set pipeline to 2 or 4"),
+        ({"expert": 3, "data": 3}, r"layout\.expert = 3: must divide the 8 experts"),
+        ({"expert": 4, "data": 2}, r"layout\.expert = 4: must divide the 2 ranks of a pipeline stage; set expert to 2"),
+        ({"expert": 2, "tensor": 2, "expert_tensor": 2}, r"layout\.expert_tensor = 2: expert \* expert_tensor .* set expert_tensor to 1"),
     ],
     ids=lambda x: str(x)[:40],
 )  # fmt: skip
@@ -82,7 +90,12 @@ def test_experts_of_a_dense_model_are_refused():
 
 
 def test_valid_grids_pass():
-    for axes in (dict(), dict(tensor=2, pipeline=4, expert=2), dict(data=8, expert=8), dict(tensor=2, context=2, expert=4)):
+    for axes in (
+        {},
+        {"tensor": 2, "pipeline": 4, "expert": 2},
+        {"data": 8, "expert": 8},
+        {"tensor": 2, "context": 2, "expert": 4},
+    ):
         check_layout(LayoutConfig(**axes), SHAPE)
 
 

@@ -8,14 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vespo.trainer.outputs import RankOutput, merge_scores
-from megatron_vespo.trainer.packing import DUMMY, Microbatch, cut, input_numbers, plan, response_offsets, zigzag
+from megatron_vespo.trainer.packing import (
+    DUMMY,
+    Microbatch,
+    cut,
+    input_numbers,
+    plan,
+    response_offsets,
+    zigzag,
+)
 from megatron_vespo.types import RunError, TrainSequence
 
 
 def sequence(num_tokens, num_prompt=1, uid="s", behavior=False):
     logp = -np.arange(num_tokens - num_prompt, dtype=np.float32) if behavior else None
     return TrainSequence(
-        uid=uid, token_ids=np.arange(100, 100 + num_tokens, dtype=np.int32), num_prompt_tokens=num_prompt, behavior_logp=logp
+        uid=uid,
+        token_ids=np.arange(100, 100 + num_tokens, dtype=np.int32),
+        num_prompt_tokens=num_prompt,
+        behavior_logp=logp,
     )
 
 
@@ -35,10 +46,14 @@ def test_two_data_ranks_get_rows_of_equal_shape_longest_first():
     st.sampled_from([1, 2, 4, 8]),
     st.integers(40, 200),
 )
-def test_every_sequence_is_in_exactly_one_row_and_within_the_budget(lengths, data_ranks, multiple, max_tokens):
+def test_every_sequence_is_in_exactly_one_row_and_within_the_budget(
+    lengths, data_ranks, multiple, max_tokens
+):
     batch = [sequence(n) for n in lengths]
     ranks = plan(batch, data_ranks=data_ranks, max_tokens=max_tokens, multiple=multiple)
-    assert len({tuple((mb.length, len(mb.rows)) for mb in rank) for rank in ranks}) == 1  # the same shapes on all
+    assert (
+        len({tuple((mb.length, len(mb.rows)) for mb in rank) for rank in ranks}) == 1
+    )  # the same shapes on all
     for mb in (mb for rank in ranks for mb in rank):
         assert mb.length % multiple == 0 and mb.length * len(mb.rows) <= max_tokens
         assert all(lengths[i] - 1 <= mb.length for i in mb.rows if i != DUMMY)
@@ -47,7 +62,7 @@ def test_every_sequence_is_in_exactly_one_row_and_within_the_budget(lengths, dat
 
 
 def test_a_sequence_longer_than_the_budget_is_named():
-    with pytest.raises(RunError, match="sequence long: 12 padded tokens exceed .* = 8"):
+    with pytest.raises(RunError, match=r"sequence long: 12 padded tokens exceed .* = 8"):
         plan([sequence(10, uid="long")], data_ranks=1, max_tokens=8, multiple=4)
 
 
@@ -69,7 +84,10 @@ def test_a_row_predicts_its_response_tokens_and_nothing_else():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(2, 30), st.integers(1, 29)), min_size=1, max_size=8), st.sampled_from([1, 2, 4]))
+@given(
+    st.lists(st.tuples(st.integers(2, 30), st.integers(1, 29)), min_size=1, max_size=8),
+    st.sampled_from([1, 2, 4]),
+)
 def test_context_ranks_together_predict_every_response_token_once(sizes, context):
     batch = [sequence(n, num_prompt=min(p, n - 1)) for n, p in sizes]
     (microbatches,) = plan(batch, data_ranks=1, max_tokens=64, multiple=2 * context)

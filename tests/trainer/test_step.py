@@ -7,6 +7,7 @@ expert > 1 (refused on gloo).
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -19,14 +20,14 @@ from megatron_vespo.types import RunError
 
 VESPO = AlgorithmConfig(name="vespo")
 LAYOUTS = [
-    dict(tensor=2),
-    dict(pipeline=2),
-    dict(expert=2, data=2),
-    dict(data=2),
-    dict(context=2),
-    dict(tensor=2, context=2),
-    dict(tensor=2, pipeline=2, expert=2),
-    dict(pipeline=4),
+    {"tensor": 2},
+    {"pipeline": 2},
+    {"expert": 2, "data": 2},
+    {"data": 2},
+    {"context": 2},
+    {"tensor": 2, "context": 2},
+    {"tensor": 2, "pipeline": 2, "expert": 2},
+    {"pipeline": 4},
 ]
 
 
@@ -60,10 +61,14 @@ def test_every_layout_gives_the_gradients_and_numbers_of_one_rank(pool, tiny_moe
     np.testing.assert_allclose(got.coefficient, step.coefficient, rtol=1e-4)
     assert got.loss == pytest.approx(step.loss, abs=1e-6)
     assert got.grad_norm == pytest.approx(step.grad_norm, rel=1e-5)
-    assert largest_gap(grid.weights(), weights) < 1e-4  # Adam's first step amplifies 1e-8 noise of tiny gradients
+    assert (
+        largest_gap(grid.weights(), weights) < 1e-4
+    )  # Adam's first step amplifies 1e-8 noise of tiny gradients
 
 
-@pytest.mark.parametrize("axes", [dict(data=2, expert=2), dict(tensor=2, pipeline=2, expert=2), dict(context=2)], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{"data": 2, "expert": 2}, {"tensor": 2, "pipeline": 2, "expert": 2}, {"context": 2}], ids=str
+)
 def test_the_distributed_optimizer_takes_the_same_step(pool, tiny_moe, batch, one_rank, axes):
     _, step, weights = one_rank
     grid = pool.grid(trainer_config(optimizer={"distributed": True}, **axes), tiny_moe, algorithm=VESPO)
@@ -71,7 +76,7 @@ def test_the_distributed_optimizer_takes_the_same_step(pool, tiny_moe, batch, on
     assert largest_gap(grid.weights(), weights) < 1e-4
 
 
-@pytest.mark.parametrize("axes", [dict(), dict(pipeline=2), dict(data=2, expert=2)], ids=str)
+@pytest.mark.parametrize("axes", [{}, {"pipeline": 2}, {"data": 2, "expert": 2}], ids=str)
 def test_microbatches_and_order_change_no_gradient(pool, tiny_moe, batch, one_rank, axes):
     grid = pool.grid(trainer_config(max_tokens=32, **axes), tiny_moe, algorithm=VESPO)
     assert largest_gap(grid.gradients(batch[::-1]), one_rank[0]) < 1e-6
@@ -128,10 +133,16 @@ def unfused(model):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(
     ("kind", "axes"),
-    [("tiny_moe", dict(tensor=2, pipeline=2, expert=2)), ("tiny_dense", dict(tensor=2, pipeline=2)), ("tiny_dense", dict())],
+    [
+        ("tiny_moe", {"tensor": 2, "pipeline": 2, "expert": 2}),
+        ("tiny_dense", {"tensor": 2, "pipeline": 2}),
+        ("tiny_dense", {}),
+    ],
     ids=str,
 )
-def test_log_probs_entropies_experts_and_gradients_are_those_of_transformers(pool, request, batch, kind, axes, temperature):
+def test_log_probs_entropies_experts_and_gradients_are_those_of_transformers(
+    pool, request, batch, kind, axes, temperature
+):
     directory = request.getfixturevalue(kind)
     reference, gradients = hf_reference(directory, batch, temperature)
     grid = pool.grid(trainer_config(**axes), directory, temperature=temperature)
@@ -158,13 +169,21 @@ def with_log_ratios(grid, batch, ratios):
 
 @pytest.mark.parametrize(
     ("axes", "max_tokens"),
-    [(dict(), 512), (dict(), 8), (dict(data=2), 512), (dict(context=2), 512), (dict(tensor=2, pipeline=2, expert=2), 512)],
+    [
+        ({}, 512),
+        ({}, 8),
+        ({"data": 2}, 512),
+        ({"context": 2}, 512),
+        ({"tensor": 2, "pipeline": 2, "expert": 2}, 512),
+    ],
     ids=str,
 )
 def test_the_known_answer_of_the_whole_loss(pool, tiny_moe, axes, max_tokens):
     # log W = .2, -.3, .4; phi(2,3) of .2 and phi(3,2) of the others; A = 1, -.5, -.5; 9 response tokens
     phi = np.array([0.767813607022, 0.682743225286, 1.241537591639])
-    slope = np.array([-0.0853126230025, 0.0379301791826, 0.0689743106466])  # d loss / d logp, constant in a sequence
+    slope = np.array(
+        [-0.0853126230025, 0.0379301791826, 0.0689743106466]
+    )  # d loss / d logp, constant in a sequence
     sizes, advantages = (2, 3, 4), (1.0, -0.5, -0.5)
     rng = np.random.default_rng(5)
     batch = [
@@ -176,14 +195,16 @@ def test_the_known_answer_of_the_whole_loss(pool, tiny_moe, axes, max_tokens):
     step = grid.step(batch)
     np.testing.assert_allclose(step.log_w, [0.2, -0.3, 0.4], atol=1e-5)
     np.testing.assert_allclose(step.coefficient, phi, rtol=2e-5)
-    assert step.loss == pytest.approx(sum(c * s.logp.sum(dtype=float) for c, s in zip(slope, step.scored, strict=True)), rel=1e-5)
+    assert step.loss == pytest.approx(
+        sum(c * s.logp.sum(dtype=float) for c, s in zip(slope, step.scored, strict=True)), rel=1e-5
+    )
 
 
 def test_supervised_steps_raise_the_likelihood_of_the_demonstrations(pool, tiny_moe):
     batch = [replace(s, advantage=1.0) for s in make_batch(4, seed=3)]
     grid = pool.grid(trainer_config(tensor=2, expert=2), tiny_moe)
     losses = [grid.step(batch, i, capture_experts=False).loss for i in range(8)]
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
     assert losses[0] - losses[-1] > 0.5
 
 
@@ -205,7 +226,10 @@ def test_a_non_finite_log_prob_names_sequence_step_and_rank_and_changes_no_weigh
     grid = pool.grid(trainer_config(tensor=2, pipeline=2, expert=2), tiny_moe)
     before = grid.weights()
     grid.call("poison", float("nan"))
-    with pytest.raises(RunError, match=r"sequence prompt-\d: its log-prob is not finite at step 7 on rank \d \(tp \d, pp 1, ep \d\)"):
+    with pytest.raises(
+        RunError,
+        match=r"sequence prompt-\d: its log-prob is not finite at step 7 on rank \d \(tp \d, pp 1, ep \d\)",
+    ):
         grid.step(batch, 7)
     with pytest.raises(RunError, match="its log-prob is not finite while scoring"):
         grid.score(batch)
@@ -216,9 +240,14 @@ def test_a_non_finite_log_prob_names_sequence_step_and_rank_and_changes_no_weigh
 
 @pytest.mark.parametrize(
     ("advantage", "message"),
-    [(1e308, r"sequence prompt-\d: its loss is not finite at step 3"), (1e150, "gradient norm = (inf|nan) at step 3")],
+    [
+        (1e308, r"sequence prompt-\d: its loss is not finite at step 3"),
+        (1e150, "gradient norm = (inf|nan) at step 3"),
+    ],
 )
-def test_overflow_of_the_loss_or_of_the_gradient_stops_before_the_update(pool, tiny_moe, batch, advantage, message):
+def test_overflow_of_the_loss_or_of_the_gradient_stops_before_the_update(
+    pool, tiny_moe, batch, advantage, message
+):
     grid = pool.grid(trainer_config(data=2, expert=2), tiny_moe)
     before = grid.weights()
     with pytest.raises(RunError, match=message):
@@ -229,11 +258,11 @@ def test_overflow_of_the_loss_or_of_the_gradient_stops_before_the_update(pool, t
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(num_prompt_tokens=0), "sequence prompt-0: 0 prompt tokens of"),
-        (dict(num_prompt_tokens=99), "sequence prompt-0: 99 prompt tokens of"),
-        (dict(token_ids=np.array([1, 2, 3, 272], np.int32)), r"token 272, expected 0 \.\. 271"),
-        (dict(advantage=float("nan")), "advantage = nan, must be finite"),
-        (dict(behavior_logp=np.zeros(1, np.float32)), r"behavior_logp must hold \d+ finite numbers"),
+        ({"num_prompt_tokens": 0}, "sequence prompt-0: 0 prompt tokens of"),
+        ({"num_prompt_tokens": 99}, "sequence prompt-0: 99 prompt tokens of"),
+        ({"token_ids": np.array([1, 2, 3, 272], np.int32)}, r"token 272, expected 0 \.\. 271"),
+        ({"advantage": float("nan")}, "advantage = nan, must be finite"),
+        ({"behavior_logp": np.zeros(1, np.float32)}, r"behavior_logp must hold \d+ finite numbers"),
     ],
     ids=lambda x: str(x)[:30],
 )
@@ -248,7 +277,10 @@ def test_a_broken_sequence_is_named(pool, tiny_moe, change, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"moe_router_topkk": 2}, "unknown field 'trainer.megatron.moe_router_topkk': did you mean 'moe_router_topk'"),
+        (
+            {"moe_router_topkk": 2},
+            "unknown field 'trainer.megatron.moe_router_topkk': did you mean 'moe_router_topk'",
+        ),
         ({"moe_aux_loss_coeff": 0.1}, "trainer.megatron.moe_aux_loss_coeff: cannot be overridden"),
     ],
     ids=str,
@@ -265,5 +297,7 @@ def test_a_megatron_field_reaches_the_model(pool, tiny_moe, batch, one_rank):
 
 def test_transformer_engine_by_name_is_refused_on_cpu(pool, tiny_moe):
     cfg = trainer_config().model_copy(update={"implementation": "transformer_engine"})
-    with pytest.raises(ConfigError, match="trainer.implementation = 'transformer_engine': it needs device = 'cuda'"):
+    with pytest.raises(
+        ConfigError, match=r"trainer\.implementation = 'transformer_engine': it needs device = 'cuda'"
+    ):
         pool.grid(cfg, tiny_moe)

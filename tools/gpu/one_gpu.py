@@ -26,11 +26,11 @@ from megatron_vespo.algo.mismatch import token_gap
 from megatron_vespo.data.demo import write_demo_inputs
 
 ROOT = Path("runs/one_gpu")
-QWEN3_30B_A3B = dict(
-    vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_attention_heads=32, num_key_value_heads=4,
-    head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
-    max_position_embeddings=4096, tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-)  # fmt: skip
+QWEN3_30B_A3B = {
+    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "max_position_embeddings": 4096, "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}  # fmt: skip
 
 
 def write_cut_model(num_layers: int) -> None:
@@ -61,7 +61,9 @@ def compare() -> dict[str, dict[str, float]]:
     }
     for dtype in (torch.bfloat16, torch.float32):
         model = AutoModelForCausalLM.from_pretrained(ROOT / "model", dtype=dtype).cuda().eval()
-        logp[f"transformers {str(dtype).removeprefix('torch.')}"] = np.concatenate([reference_logp(r, model) for r in rows])
+        logp[f"transformers {str(dtype).removeprefix('torch.')}"] = np.concatenate(
+            [reference_logp(r, model) for r in rows]
+        )
         del model
         torch.cuda.empty_cache()
     names = list(logp)
@@ -69,7 +71,9 @@ def compare() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--implementation", default="auto")
     args = parser.parse_args()
@@ -80,10 +84,19 @@ def main() -> None:
     command = [sys.executable, "-m", "megatron_vespo.cli", "train", "configs/one_gpu.toml"]
     subprocess.run([*command, f"trainer.implementation={args.implementation}"], check=True)
     records = [json.loads(line) for line in (ROOT / "rl" / "metrics.jsonl").read_text().splitlines()]
-    keys = ("time/step_s", "time/train_s", "time/sync_s", "throughput/tokens_per_s", "mismatch/k3_nats", "experts/overlap_mean")
+    keys = (
+        "time/step_s",
+        "time/train_s",
+        "time/sync_s",
+        "throughput/tokens_per_s",
+        "mismatch/k3_nats",
+        "experts/overlap_mean",
+    )
     result = {
         "gpu": torch.cuda.get_device_name(),
-        "median_after_first_step": {k: float(np.median([r[k] for r in records if r["step"] > 1])) for k in keys},
+        "median_after_first_step": {
+            k: float(np.median([r[k] for r in records if r["step"] > 1])) for k in keys
+        },
         "logp_gaps_nats": compare(),
     }
     sys.stdout.write(json.dumps(result, indent=1) + "\n")

@@ -5,6 +5,7 @@ from typing import NoReturn
 from torchvision import refuse, refused
 
 decode_image = refused("torchvision.io.decode_image")
+decode_jpeg = refused("torchvision.io.decode_jpeg")
 
 
 class ImageReadMode:

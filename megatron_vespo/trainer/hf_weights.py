@@ -376,7 +376,9 @@ class _HfWriter:
             (self._directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _flush(self) -> None:
-        save_file(self._pending, self._directory / f"part-{len(self._files)}", metadata={"format": "pt"})
+        part = self._directory / f"part-{len(self._files)}"
+        save_file(self._pending, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors makes it private; an engine under another account must read it
         self._files.append(list(self._pending))
         self._total += sum(t.nbytes for t in self._pending.values())
         self._pending = {}

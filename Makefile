@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 VESPO := $(BIN)/megatron-vespo
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo demo-dense test check format clean
 
 setup: $(VENV)/.ready
 
@@ -28,8 +28,23 @@ demo: setup
 	$(VESPO) train configs/demo.toml seed=$(SEED) run_dir=$(RUN)/rl model=$(RUN)/sft/final \
 	    prompts.train=$(RUN)/inputs/train.parquet prompts.heldout=$(RUN)/inputs/heldout.parquet
 
-test: setup
+# The second configuration: a dense model, synchronous, prompts from jsonl.
+demo-dense: setup
+	$(VESPO) demo-inputs runs/dense/inputs --seed $(SEED)
+	$(VESPO) sft configs/demo_sft.toml seed=$(SEED) run_dir=runs/dense/sft model=runs/dense/inputs/dense_model \
+	    data.train=runs/dense/inputs/demonstrations.parquet trainer.layout.expert=1
+	$(VESPO) train configs/dense_sync.toml seed=$(SEED)
+
+# The trainer must hold on both ends of the supported range of megatron-core.
+OTHER_MEGATRON := .compat/megatron-core-0.19.2
+test: setup $(OTHER_MEGATRON)/.ready
 	$(BIN)/python -m pytest
+	PYTHONPATH=$(OTHER_MEGATRON) $(BIN)/python -m pytest tests/trainer
+
+$(OTHER_MEGATRON)/.ready: | setup
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --ignore-requires-python \
+	    --target $(OTHER_MEGATRON) megatron-core==0.19.2
+	touch $@
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -87,8 +87,11 @@ def demo_inputs(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write the demo's tiny Qwen3 models, arithmetic prompts and demonstrations."""
+    from transformers.utils.logging import disable_progress_bar
+
     from megatron_vespo.data.demo import write_demo_inputs
 
+    disable_progress_bar()
     _print(f"wrote {write_demo_inputs(directory, seed)}")
 
 

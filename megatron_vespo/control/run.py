@@ -86,7 +86,7 @@ async def _train(
         server = Server(cfg.rollout, cfg.model, run.logs / "sglang.log", seed=cfg.seed, progress=view.event)
         spec = PolicySpec(
             cfg=cfg.trainer,
-            model=cfg.model,
+            model=cfg.model.resolve(),
             algorithm=cfg.algorithm,
             temperature=cfg.sampling.temperature,
             seed=cfg.seed,
@@ -108,8 +108,10 @@ async def _train(
         stop.gently = lambda: asyncio.ensure_future(buffer.close())
         try:
             await loop.train(cfg, prompts, engine, verifier, trainer, observer, buffer)
-        except Exception:
+        except Exception as error:
             await _rescue(trainer, observer.progress, view)
+            if report := server.death_report():  # whatever else failed, failed because of it
+                raise RunError(f"engine {server.url} = dead: the run cannot go on without it; it {report}") from error
             raise
         await _finish(trainer, observer.progress, cfg.loop.num_steps, run, view)
 
@@ -126,7 +128,7 @@ async def _finetune(
     """Supervised fine-tuning: REINFORCE on demonstrations, whose coefficient and advantage are 1."""
     view.event("starting the trainer's ranks")
     algorithm = AlgorithmConfig(name="reinforce")
-    spec = PolicySpec(cfg=cfg.trainer, model=cfg.model, algorithm=algorithm, temperature=1.0, seed=cfg.seed)
+    spec = PolicySpec(cfg=cfg.trainer, model=cfg.model.resolve(), algorithm=algorithm, temperature=1.0, seed=cfg.seed)
     async with _trainer(spec, run, progress, records_experts=False) as trainer:
         stop.gently = lambda: None  # looked at between steps
         while progress.version < cfg.num_steps and not stop.requested:

@@ -36,7 +36,7 @@ from transformers import (
 
 from megatron_vespo.config import ConfigError
 
-RECIPE = 1
+RECIPE = 2
 """Raised whenever the same seed would give other files."""
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -61,7 +61,7 @@ MANIFEST = "demo_inputs.json"
 
 
 def write_demo_inputs(directory: Path, seed: int) -> Path:
-    """Write model/, dense_model/, train.parquet, heldout.parquet and demonstrations.parquet; all or nothing.
+    """Write model/, dense_model/ and the files of `write_arithmetic`; all or nothing.
 
     Called again with the same seed it changes nothing.
 
@@ -197,7 +197,7 @@ class _Question:
 
 
 def write_arithmetic(directory: Path, seed: int) -> None:
-    """Sums below ten in twenty phrasings: train.parquet, heldout.parquet, demonstrations.parquet.
+    """Sums below ten in twenty phrasings: train.parquet (and .jsonl), heldout.parquet, demonstrations.parquet.
 
     Held-out prompts phrase facts that train prompts phrase otherwise; no prompt is in both.
     """
@@ -214,7 +214,9 @@ def write_arithmetic(directory: Path, seed: int) -> None:
         for question in train
     ]
     directory.mkdir(parents=True, exist_ok=True)
-    pq.write_table(_prompt_table(train, "train"), directory / "train.parquet")
+    prompts = _prompt_table(train, "train")
+    pq.write_table(prompts, directory / "train.parquet")
+    (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts.to_pylist()))
     pq.write_table(_prompt_table(heldout, "heldout"), directory / "heldout.parquet")
     pq.write_table(pa.table({"messages": demonstrations}), directory / "demonstrations.parquet")
 

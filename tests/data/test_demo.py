@@ -47,6 +47,14 @@ def test_no_heldout_prompt_is_trained_on(demo):
     assert shown == {row["prompt"][0]["content"] for row in train}
 
 
+def test_the_jsonl_file_holds_the_same_prompts(demo, tokenizer):
+    parquet, jsonl = (demo / f"train.{suffix}" for suffix in ("parquet", "jsonl"))
+    first, second = (
+        load_prompts(path, tokenizer, PromptsConfig(train=path, max_prompt_tokens=14)) for path in (parquet, jsonl)
+    )
+    assert [(p.uid, p.text, p.answer) for p in first] == [(p.uid, p.text, p.answer) for p in second]
+
+
 def test_answers_are_the_sums_of_the_two_digits(demo, tokenizer):
     path = demo / "train.parquet"
     prompts = load_prompts(path, tokenizer, PromptsConfig(train=path, max_prompt_tokens=14))
@@ -88,7 +96,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(demo, tmp_pa
 
 
 def test_other_inputs_are_never_overwritten(demo, tmp_path):
-    with pytest.raises(ConfigError, match="holds demo inputs of seed 0, recipe 1, expected seed 1"):
+    with pytest.raises(ConfigError, match="holds demo inputs of seed 0, recipe 2, expected seed 1"):
         write_demo_inputs(demo, seed=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("precious")

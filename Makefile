@@ -21,25 +21,26 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+# A demo that was interrupted goes on where it stopped; one that is complete says so.
 demo: setup
 	$(VESPO) demo-inputs $(RUN)/inputs --seed $(SEED)
 	$(VESPO) sft configs/demo_sft.toml seed=$(SEED) run_dir=$(RUN)/sft model=$(RUN)/inputs/model \
-	    data.train=$(RUN)/inputs/demonstrations.parquet
+	    data.train=$(RUN)/inputs/demonstrations.parquet --resume
 	$(VESPO) train configs/demo.toml seed=$(SEED) run_dir=$(RUN)/rl model=$(RUN)/sft/final \
-	    prompts.train=$(RUN)/inputs/train.parquet prompts.heldout=$(RUN)/inputs/heldout.parquet
+	    prompts.train=$(RUN)/inputs/train.parquet prompts.heldout=$(RUN)/inputs/heldout.parquet --resume
 
 # The second configuration: a dense model, synchronous, prompts from jsonl.
 demo-dense: setup
 	$(VESPO) demo-inputs runs/dense/inputs --seed $(SEED)
 	$(VESPO) sft configs/demo_sft.toml seed=$(SEED) run_dir=runs/dense/sft model=runs/dense/inputs/dense_model \
-	    data.train=runs/dense/inputs/demonstrations.parquet trainer.layout.expert=1
-	$(VESPO) train configs/dense_sync.toml seed=$(SEED)
+	    data.train=runs/dense/inputs/demonstrations.parquet trainer.layout.expert=1 --resume
+	$(VESPO) train configs/dense_sync.toml seed=$(SEED) --resume
 
 # The trainer must hold on both ends of the supported range of megatron-core.
 OTHER_MEGATRON := .compat/megatron-core-0.19.2
 test: setup $(OTHER_MEGATRON)/.ready
 	$(BIN)/python -m pytest
-	PYTHONPATH=$(OTHER_MEGATRON) $(BIN)/python -m pytest tests/trainer
+	PYTHONPATH=$(OTHER_MEGATRON) $(BIN)/python -m pytest tests/trainer --expect-megatron-core 0.19.2
 
 $(OTHER_MEGATRON)/.ready: | setup
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --ignore-requires-python \

@@ -59,7 +59,9 @@ def row(seed: int, staleness: int, warm_s: float, rl_s: float, records: list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--staleness", type=int, nargs="+", default=[1])
     parser.add_argument("--root", type=Path, default=Path("runs/benchmark"))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -35,12 +33,12 @@ def train(
     """Train with asynchronous off-policy reinforcement learning."""
     cfg = load_config(TrainConfig, config, overrides or ())
     from megatron_vespo.control import plan, run  # torch and ray: slow to import, needless for --help
+    from megatron_vespo.diagnose.report import write_report
 
     if dry_run:
         _print(plan.describe_train(cfg))
     else:
-        with _reported(cfg.run_dir):
-            run.train(cfg, resume=resume)
+        run.train(cfg, resume=resume, report=write_report)
 
 
 @app.command()
@@ -50,12 +48,12 @@ def sft(
     """Fine-tune on demonstrations, with the same trainer."""
     cfg = load_config(SftConfig, config, overrides or ())
     from megatron_vespo.control import plan, run
+    from megatron_vespo.diagnose.report import write_report
 
     if dry_run:
         _print(plan.describe_sft(cfg))
     else:
-        with _reported(cfg.run_dir):
-            run.finetune(cfg, resume=resume)
+        run.finetune(cfg, resume=resume, report=write_report)
 
 
 @app.command("eval")
@@ -64,10 +62,10 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     cfg = load_config(TrainConfig, config, overrides or ())
     from megatron_vespo.control import run
 
-    rewards = run.evaluate(cfg, cfg.run_dir / "logs" / "sglang-eval.log")
-    error = statistics.stdev(rewards) / len(rewards) ** 0.5
+    reward_P = run.evaluate(cfg, cfg.run_dir / "logs" / "sglang-eval.log")
+    error = f" +- {statistics.stdev(reward_P) / len(reward_P) ** 0.5:.4f}" if len(reward_P) > 1 else ""
     _print(
-        f"held-out reward {statistics.mean(rewards):.4f} +- {error:.4f} (standard error, {len(rewards)} responses)"
+        f"held-out reward {statistics.mean(reward_P):.4f}{error} (standard error over {len(reward_P)} prompts)"
     )
 
 
@@ -105,22 +103,6 @@ def main() -> None:
         _fail("RunError", str(err), 1)
     except Interrupted as err:
         _fail("Interrupted", str(err), 130)
-
-
-@contextlib.contextmanager
-def _reported(run_dir: Path) -> Iterator[None]:
-    """Write the report of a run that ends, also of one that fails or is interrupted."""
-    from megatron_vespo.diagnose.report import write_report
-
-    try:
-        yield
-    except (RunError, Interrupted):
-        with contextlib.suppress(
-            RunError, ConfigError
-        ):  # the failure is the news, not that it left nothing to plot
-            _print(f"report: {write_report(run_dir)}")
-        raise
-    _print(f"report: {write_report(run_dir)}")
 
 
 def _print(text: str) -> None:

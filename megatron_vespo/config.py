@@ -21,14 +21,15 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Pair = tuple[float, float]
+NotNegative = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LayoutConfig(_Section):
@@ -66,9 +67,9 @@ class OptimizerConfig(_Section):
     """Adam, and what bounds its step."""
 
     learning_rate: PositiveFloat
-    betas: Pair = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: NotNegative = 0.01
     clip_grad_norm: PositiveFloat = 1.0
     warmup_steps: Count = 0
     """Steps over which the learning rate rises linearly from 0; constant afterwards."""
@@ -97,6 +98,8 @@ class TrainerConfig(_Section):
     collective_timeout_s: Seconds = 600
     ray_address: str = "local"
     """"local" starts a Ray of our own on this machine; "auto" or host:port joins a running cluster."""
+    call_timeout_s: Seconds = 1800
+    """Longest wait for all ranks to start, load, save, export or push; a training step has a limit of its own."""
     placement_timeout_s: Seconds = 600
     """Longest wait for the cluster to have room for all ranks."""
     megatron: dict[str, Any] = {}
@@ -169,8 +172,9 @@ class RewardConfig(_Section):
 class VespoConfig(_Section):
     """phi(W) = W^k exp(lam (1 - W)); pairs are (A >= 0, A < 0)."""
 
-    k: Pair = (2.0, 3.0)
-    lam: Pair = (3.0, 2.0)
+    k: tuple[NotNegative, NotNegative] = (2.0, 3.0)
+    lam: tuple[PositiveFloat, PositiveFloat] = (3.0, 2.0)
+    """Above 0, or phi would not be bounded."""
 
 
 class AlgorithmConfig(_Section):
@@ -195,8 +199,11 @@ class LoopConfig(_Section):
     """Responses per held-out prompt."""
     save_every: Count = 0
     """Steps between checkpoints; 0: at the end only."""
+    rescored_sequences: Positive | None = None
+    """Sequences of each batch that the engine scores again, for the mismatch metrics; default: all of them.
+    Scoring is one prefill, but at a temperature other than 1 one request for every response token."""
     step_timeout_s: Seconds = 3600
-    """Longest wait for the next batch, or for one optimizer step."""
+    """Longest wait for each phase of a step: the batch, the update, the push, an evaluation, a checkpoint."""
 
 
 class _RunConfig(_Section):
@@ -226,10 +233,31 @@ class TrainConfig(_RunConfig):
                 f"rollout.context_length = {self.rollout.context_length}: must be at least "
                 f"prompts.max_prompt_tokens + sampling.max_response_tokens = {longest}; raise it or shorten those"
             )
-        if longest > self.trainer.max_tokens_per_microbatch:
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_travel(self) -> TrainConfig:
+        if self.trainer.device == "cpu" and self.rollout.sync_backend == "nccl":
             raise ValueError(
-                f"trainer.max_tokens_per_microbatch = {self.trainer.max_tokens_per_microbatch}: must hold the "
-                f"longest sequence of {longest} tokens, sequences are never split; raise it"
+                "rollout.sync_backend = 'nccl': needs trainer.device = 'cuda'; leave it out, or set it to 'gloo'"
+            )
+        if self.rollout.sync_timeout_s >= self.trainer.collective_timeout_s:
+            raise ValueError(
+                f"rollout.sync_timeout_s = {self.rollout.sync_timeout_s:g}: must be below trainer.collective_timeout_s "
+                f"= {self.trainer.collective_timeout_s:g}, because the other ranks wait in a collective while rank 0 "
+                "pushes; lower it, or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_are_not_shared_by_accident(self) -> TrainConfig:
+        both = self.trainer.device == self.rollout.device == "cuda" and self.trainer.ray_address == "local"
+        if both and self.rollout.sync_backend != "gloo" and "base_gpu_id" not in self.rollout.sglang:
+            ranks = self.trainer.layout.world_size
+            raise ValueError(
+                f"rollout.sglang.base_gpu_id is not set: the trainer takes the first {ranks} GPU(s) of this machine and "
+                f"the engine would take them too; set it to {ranks}, or share GPUs on purpose with "
+                "rollout.sync_backend = 'gloo'"
             )
         return self
 
@@ -254,6 +282,7 @@ class SftConfig(_RunConfig):
     save_every: Count = 0
     """Steps between checkpoints; 0: at the end only."""
     step_timeout_s: Seconds = 3600
+    """Longest wait for one optimizer step."""
 
 
 C = TypeVar("C", bound=_RunConfig)
@@ -267,7 +296,7 @@ def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     """
     try:
         tree = tomllib.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(
             f"config = '{path}': no such file; give the path of a TOML file, e.g. configs/demo.toml"
         ) from None

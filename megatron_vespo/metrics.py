@@ -7,7 +7,6 @@ TensorBoard and Weights & Biases are copies.  A list (one number per layer, or p
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import textwrap
@@ -31,7 +30,6 @@ from megatron_vespo.config import ConfigError
 from megatron_vespo.rundir import RunDirectory, read_metrics
 from megatron_vespo.types import RunError
 
-logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
 
@@ -241,7 +239,6 @@ class LiveView:
 
     def event(self, text: str) -> None:
         """Something happened, or is being waited for."""
-        logger.info(text)
         line = f"{time.strftime('%H:%M:%S')}  {text}"
         self._events = [*self._events, line][-4:]
         self._print(line)
@@ -253,7 +250,7 @@ class LiveView:
         self._print(step_line(record))
 
     def _print(self, line: str) -> None:
-        if not self._console.is_terminal:
+        if not self._live.is_started:  # on a terminal the panel shows it
             self._console.print(line, markup=False, soft_wrap=True)
 
     def _panel(self) -> Panel:

@@ -39,8 +39,8 @@ _PACKAGES = (
     "transformers",
     "transformer-engine",
 )
-_TRACES = ("config.toml", "metrics.jsonl", "rollouts", "checkpoints", "final")
-"""A directory that has one of these holds a run."""
+_TRACES = ("metrics.jsonl", "rollouts", "checkpoints", "final")
+"""A directory in which one of these is not empty holds a run; one that only failed to start does not."""
 _LOCK_PATIENCE_S = 1.0
 """Longer than `is_running` holds the lock, far shorter than a run does."""
 
@@ -61,7 +61,7 @@ class RunDirectory:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(path)
-        found = [name for name in _TRACES if (path / name).exists()]
+        found = [name for name in _TRACES if _holds_something(path / name)]
         if found and not resume:
             os.close(self._lock)
             raise ConfigError(
@@ -204,7 +204,7 @@ ROLLOUT_SCHEMA = pa.schema([
 
 
 def rollout_rows(
-    rollouts: Sequence[Rollout], output: StepOutput, engine: Sequence[Scored] | None, *, step: int
+    rollouts: Sequence[Rollout], output: StepOutput, engine: Sequence[Scored | None], *, step: int
 ) -> list[dict[str, Any]]:
     """One row per rollout of the step that made weights version `step`, in the order of `output`."""
     seen: Counter[str] = Counter()
@@ -227,7 +227,7 @@ def rollout_rows(
             "versions": response.versions,
             "behavior_logp": response.behavior_logp,
             "policy_logp": output.scored[index].logp,
-            "engine_logp": None if engine is None else engine[index].logp,
+            "engine_logp": scored.logp if (scored := engine[index]) else None,
             "log_w": float(output.log_w[index]),
             "coefficient": float(output.coefficient[index]),
         })  # fmt: skip
@@ -289,6 +289,10 @@ def _until(patience_s: float) -> Iterator[None]:
     while time.monotonic() < deadline:
         time.sleep(0.02)
         yield
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
 def _next_superseded(path: Path) -> Path:

@@ -89,11 +89,6 @@ class Group:
 
     rollouts: tuple[Rollout, ...]
 
-    @property
-    def carries_signal(self) -> bool:
-        """False when every reward is equal: every advantage is then 0."""
-        return len({r.reward for r in self.rollouts}) > 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSequence:
@@ -187,6 +182,8 @@ class Verifier(Protocol):
 
     num_timeouts: int
     """Responses so far whose verification was ended by its deadline, with reward 0."""
+    num_deaths: int
+    """Responses so far of which the verifying process died, with reward 0."""
 
     async def score(self, prompt: Prompt, responses: Sequence[Response]) -> tuple[float, ...]:
         """One reward per response."""

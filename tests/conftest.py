@@ -17,6 +17,12 @@ from megatron_vespo.data.demo import write_tiny_model
 from megatron_vespo.rollout.server import Server
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--expect-megatron-core", metavar="VERSION", help="fail unless the ranks import this version"
+    )
+
+
 @pytest.fixture(scope="session")
 def served_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Hugging Face directory behind `sglang_server`: weight version 0."""

@@ -11,6 +11,8 @@ run_dir = "runs/x"
 model = "m"
 [trainer.optimizer]
 learning_rate = 1e-6
+[rollout]
+sync_backend = "gloo"
 [prompts]
 train = "train.parquet"
 max_prompt_tokens = 1024
@@ -75,7 +77,15 @@ def test_a_missing_field_is_named(tmp_path):
             "no uneven all-gather",
         ),
         (["rollout.context_length=2000"], "rollout.context_length = 2000: must be at least"),
-        (["trainer.max_tokens_per_microbatch=2000"], "sequences are never split"),
+        (["rollout.sync_backend=nccl", "trainer.device=cpu"], "needs trainer.device = 'cuda'"),
+        (["rollout.sync_timeout_s=700.0"], "must be below trainer.collective_timeout_s"),
+        (["rollout.sync_backend=auto"], "rollout.sglang.base_gpu_id is not set"),
+        (["algorithm.vespo.lam=[-3.0, 2.0]"], "algorithm.vespo.lam.0 = -3.0: input should be greater than 0"),
+        (["algorithm.vespo.k=[nan, 2.0]"], "algorithm.vespo.k.0"),
+        (
+            ["trainer.optimizer.betas=[0.9, 1.0]"],
+            "trainer.optimizer.betas.1 = 1.0: input should be less than 1",
+        ),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(minimal, overrides, expected):
@@ -84,6 +94,7 @@ def test_combinations_that_cannot_work_are_refused(minimal, overrides, expected)
 
 def test_files_and_overrides_that_are_no_toml_are_refused(minimal, tmp_path):
     assert "no such file" in refused(tmp_path / "absent.toml")
+    assert "no such file" in refused(tmp_path)
     assert "expected dotted.key=value" in refused(minimal, "loop.num_steps")
     assert "'model' is a value, not a table" in refused(minimal, "model.path=3")
     minimal.write_text("a = = 1")

@@ -23,6 +23,12 @@ from megatron_vespo.rundir import (
 from megatron_vespo.types import Prompt, Response, Rollout, RunError, Scored, StepOutput, VersionSpan
 
 
+def start_a_run(path, config=""):
+    """A run that did one step."""
+    with RunDirectory(path, config) as run:
+        run.metrics.write_text('{"step": 1}\n')
+
+
 def test_a_fresh_directory_gets_its_layout(tmp_path):
     with RunDirectory(tmp_path / "a" / "b", "seed = 1\n") as run:
         assert run.config.read_text() == "seed = 1\n"
@@ -32,8 +38,8 @@ def test_a_fresh_directory_gets_its_layout(tmp_path):
 
 
 def test_a_directory_that_holds_a_run_is_refused(tmp_path):
-    RunDirectory(tmp_path, "seed = 1\n").close()
-    with pytest.raises(ConfigError, match=r"already holds a run \(config.toml.*never overwritten"):
+    start_a_run(tmp_path, "seed = 1\n")
+    with pytest.raises(ConfigError, match=r"already holds a run \(metrics.jsonl.*never overwritten"):
         RunDirectory(tmp_path, "seed = 2\n")
     assert (tmp_path / "config.toml").read_text() == "seed = 1\n"
     with RunDirectory(tmp_path, "seed = 1\n", resume=True):  # the refusal did not keep the lock
@@ -45,8 +51,15 @@ def test_resuming_where_there_is_no_run_starts_one(tmp_path):
         assert not run.resumed
 
 
-def test_resuming_keeps_the_configuration_it_replaces(tmp_path):
+def test_a_directory_in_which_a_run_only_failed_to_start_can_be_used(tmp_path):
     RunDirectory(tmp_path, "seed = 1\n").close()
+    with RunDirectory(tmp_path, "seed = 2\n") as run:
+        assert not run.resumed
+    assert (tmp_path / "config.toml").read_text() == "seed = 2\n"
+
+
+def test_resuming_keeps_the_configuration_it_replaces(tmp_path):
+    start_a_run(tmp_path, "seed = 1\n")
     with RunDirectory(tmp_path, "seed = 2\n", resume=True) as run:
         assert run.resumed
         assert run.config.read_text() == "seed = 2\n"
@@ -65,7 +78,7 @@ def test_a_second_process_is_refused_and_told_the_first_ones_pid(tmp_path):
 
 
 def test_the_lock_of_a_dead_process_does_not_block(tmp_path):
-    code = f"import os; from megatron_vespo.rundir import RunDirectory; from pathlib import Path; RunDirectory(Path({str(tmp_path)!r}), ''); os._exit(9)"
+    code = f"import os; from megatron_vespo.rundir import RunDirectory; from pathlib import Path; RunDirectory(Path({str(tmp_path)!r}), '').metrics.write_text('x'); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 9
     with RunDirectory(tmp_path, "", resume=True) as run:
         assert run.resumed
@@ -187,6 +200,8 @@ def test_a_rollout_file_holds_every_number_exactly(tmp_path):
 
 def test_an_engine_that_was_not_asked_leaves_a_null(tmp_path):
     rollouts, output, _ = a_batch()
-    table = pq.read_table(write_rollouts(tmp_path, rollout_rows(rollouts, output, None, step=6)))
+    table = pq.read_table(
+        write_rollouts(tmp_path, rollout_rows(rollouts, output, [None] * len(rollouts), step=6))
+    )
     assert table["engine_logp"].to_pylist() == [None, None]
     assert table.schema.field("engine_logp").type == table.schema.field("policy_logp").type

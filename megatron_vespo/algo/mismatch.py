@@ -1,7 +1,8 @@
 """Off-policyness in numbers: how far apart two log-probs, or two choices of experts, of the same tokens are.
 
-Tokens are sampled by the engine; with d = log pi(y_t) - log mu(y_t) every expectation is under mu, so that
-k1 and k3 estimate KL(mu || pi).  All sums are float64.
+With d = logp - reference, k1 = -d and k3 = exp(d) - 1 - d.  Over tokens sampled from the reference their means
+estimate KL(reference || policy); over stale tokens, sampled from older weights, they measure the same gap weighted
+by where those weights went.  All sums are float64.
 
 Shape key:  S response tokens of the batch, B sequences, R rows (processed tokens), L layers, K experts.
 """

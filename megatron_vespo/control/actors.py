@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_vespo.config import AlgorithmConfig, ConfigError, RolloutConfig, TrainerConfig
+from megatron_vespo.control.clock import bounded
+from megatron_vespo.rollout.server import free_port
 from megatron_vespo.rollout.weight_sync import WeightSync
 from megatron_vespo.trainer.checkpoint import prune
 from megatron_vespo.trainer.layout import Place, rank_name
@@ -62,9 +64,7 @@ class RankActor:
     def rendezvous(self) -> tuple[str, int]:
         """Address and free port of this process, for the process groups that rank 0 hosts."""
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, probe.getsockname()[1]
+        return host, free_port(host)
 
     def start(self, spec: PolicySpec, place: Place) -> None:
         """Join the other ranks and load the model."""
@@ -75,13 +75,14 @@ class RankActor:
     def connect(self, engine_url: str, model: Path, cfg: RolloutConfig) -> None:
         """Join the engine's weight-transfer group (rank 0 only)."""
         device = self._rank.groups.device
-        backend = (
-            cfg.sync_backend if cfg.sync_backend != "auto" else "gloo" if device.type == "cpu" else "nccl"
-        )
         self._sync = WeightSync.connect(
             engine_url,
             model,
-            backend=backend,
+            backend=cfg.sync_backend
+            if cfg.sync_backend != "auto"
+            else "gloo"
+            if device.type == "cpu"
+            else "nccl",
             device=device,
             bucket_bytes=cfg.sync_bucket_bytes,
             timeout_s=cfg.sync_timeout_s,
@@ -90,24 +91,23 @@ class RankActor:
     def step(self, sequences: Sequence[TrainSequence], step_number: int, capture_experts: bool) -> RankOutput:
         return self._rank.step(sequences, step_number, capture_experts=capture_experts)
 
-    def score(self, sequences: Sequence[TrainSequence], capture_experts: bool) -> RankOutput:
-        return self._rank.score(sequences, capture_experts=capture_experts)
+    def score(self, sequences: Sequence[TrainSequence]) -> RankOutput:
+        return self._rank.score(sequences, capture_experts=False)
 
-    def publish(
-        self, version: int, canary: Sequence[TrainSequence]
-    ) -> tuple[RankOutput, int, dict[str, float]]:
-        """Gather the weights on all ranks, push them from rank 0, score the canary under them."""
+    def push(self, version: int) -> tuple[int, dict[str, float]]:
+        """Gather the weights on all ranks and push them from rank 0; bytes and seconds."""
         tensors = self._rank.export()
-        num_bytes, time_s = 0, {}
         try:
-            if self._sync is not None:
-                num_bytes, time_s = self._sync.push(tensors, version)
+            return self._sync.push(tensors, version) if self._sync else (0, {})
         finally:
             for _ in (
                 tensors
             ):  # the gathers are collective: every rank sees them to the end, also after a failed push
                 pass
-        return self._rank.score(canary, capture_experts=False), num_bytes, time_s
+
+    def num_steps(self) -> int:
+        """Optimizer steps in this rank's weights."""
+        return self._rank.num_steps
 
     def save(self, directory: Path, version: int, state: Mapping[str, Any]) -> None:
         self._rank.save(directory, version, state)
@@ -130,28 +130,30 @@ class TrainerGroup:
         self.saved_version = 0
         self._version = 0
         self._spec = spec
-        self._checkpoints = checkpoints
-        self._logs = logs
+        self._checkpoints = checkpoints.resolve()
+        self._logs = logs.resolve()
         self._records_experts = records_experts
         self._actors: list[Any] = []
-        self._pending: list[Any] = []
 
     async def __aenter__(self) -> TrainerGroup:
+        cfg = self._spec.cfg
         try:
-            await asyncio.to_thread(_start_ray, self._spec.cfg)
-            options = await _reserve(self._spec.cfg)
+            await asyncio.to_thread(_start_ray, cfg)
+            options = await _reserve(cfg)
             self._actors = [
                 RankActor.options(**rank_options).remote(str(self._log(rank)))  # type: ignore[attr-defined]
                 for rank, rank_options in enumerate(options)
             ]
-            address, port = (await self._gather([self._actors[0].rendezvous.remote()]))[0]
+            ((address, port),) = await self._gather("rendezvous", [self._actors[0].rendezvous.remote()])
             num = len(self._actors)
             places = [
                 Place(rank=r, world_size=num, master_addr=address, master_port=port) for r in range(num)
             ]
-            await self._gather([
-                actor.start.remote(self._spec, place) for actor, place in zip(self._actors, places, strict=True)
-            ])  # fmt: skip
+            starts = [
+                actor.start.remote(self._spec, place)
+                for actor, place in zip(self._actors, places, strict=True)
+            ]
+            await self._gather("start", starts)
         except BaseException:
             await self.__aexit__()
             raise
@@ -172,17 +174,23 @@ class TrainerGroup:
             canary: fixed sequences on whose log-probs both engines must agree within cfg.canary_tolerance.
         """
         self._engine, self._canary, self._tolerance = engine, list(canary), cfg.canary_tolerance
-        await self._gather([self._actors[0].connect.remote(url, self._spec.model, cfg)])
+        await self._gather("connect", [self._actors[0].connect.remote(url, self._spec.model, cfg)])
 
     async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
-        outputs = await self._all("step", ray.put(list(sequences)), self._version, self._records_experts)
+        batch = ray.put(list(sequences))
+        calls = [actor.step.remote(batch, self._version, self._records_experts) for actor in self._actors]
+        outputs = await self._gather("step", calls, deadline_s=math.inf)  # the loop's clock bounds it
         self._version += 1
         return merge_step(outputs, sequences)
 
     async def publish(self, version: int) -> SyncReport:
-        pushes = await self._all("publish", version, self._canary)
-        _, num_bytes, time_s = pushes[0]
-        trained = merge_scores([output for output, _, _ in pushes], self._canary)
+        """Push, then compare both engines on the canary.
+
+        Raises:
+            RunError: the push failed, or the engine's log-probs are not those of the pushed weights.
+        """
+        num_bytes, time_s = (await self._all("push", version))[0]
+        trained = merge_scores(await self._all("score", self._canary), self._canary)
         served = await self._engine.score(self._canary)
         gap = max(
             float(np.abs(ours.logp - theirs.logp).max()) for ours, theirs in zip(trained, served, strict=True)
@@ -210,31 +218,42 @@ class TrainerGroup:
         """Write the policy as a Hugging Face directory."""
         await self._all("save_hf", directory.resolve())
 
-    async def is_idle(self) -> bool:
-        """Whether every rank has come back from its last call, waiting a few seconds for stragglers.
+    async def versions(self) -> list[int]:
+        """Optimizer steps in every rank's weights.
 
-        A rank that fails may leave the others in a collective: then they can do nothing more.
+        Raises:
+            RunError: a rank does not answer within seconds: it hangs in a collective that another one left.
         """
-        if not self._pending:
-            return True
-        _, busy = await asyncio.to_thread(
-            ray.wait, self._pending, num_returns=len(self._pending), timeout=_SETTLE_S, fetch_local=False
-        )
-        return not busy
+        calls = [actor.num_steps.remote() for actor in self._actors]
+        return await self._gather("num_steps", calls, _SETTLE_S, "the seconds given to settle")
 
     async def _all(self, method: str, *args: Any) -> list[Any]:
         """One call on every rank, all at once."""
-        return await self._gather([getattr(actor, method).remote(*args) for actor in self._actors])
+        return await self._gather(method, [getattr(actor, method).remote(*args) for actor in self._actors])
 
-    async def _gather(self, calls: Sequence[Any]) -> list[Any]:
+    async def _gather(
+        self,
+        what: str,
+        calls: Sequence[Any],
+        deadline_s: float | None = None,
+        limit: str = "trainer.call_timeout_s",
+    ) -> list[Any]:
         """Results in rank order.  The first failure is raised without waiting for the ranks that it leaves hanging.
 
         When one rank dies, gloo tells its neighbours first: a moment is given to the rank that knows the cause.
         """
-        self._pending = list(calls)
         tasks = [asyncio.ensure_future(_result(call)) for call in calls]
+
+        def describe() -> str:
+            return f"trainer ranks, '{what}' ({sum(task.done() for task in tasks)} of {len(tasks)} are done)"
+
         try:
-            done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            done, waiting = await bounded(
+                asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION),
+                describe,
+                deadline_s=deadline_s or self._spec.cfg.call_timeout_s,
+                limit=limit,
+            )
             if waiting:
                 done |= (await asyncio.wait(waiting, timeout=_CAUSE_S))[0]
             failures = {
@@ -264,10 +283,10 @@ class TrainerGroup:
         )
 
     def _checkpoint(self, version: int) -> Path:
-        return self._checkpoints.resolve() / f"step_{version:06d}"
+        return self._checkpoints / f"step_{version:06d}"
 
     def _log(self, rank: int) -> Path:
-        return self._logs.resolve() / f"trainer-rank{rank}.log"
+        return self._logs / f"trainer-rank{rank}.log"
 
 
 async def _result(call: Any) -> Any:
@@ -312,21 +331,33 @@ async def _reserve(cfg: TrainerConfig) -> list[dict[str, Any]]:
     """Actor options of every rank, in a placement group that holds all of them or nothing.
 
     Raises:
+        ConfigError: a Ray of our own, which cannot grow, has too few GPUs.
         RunError: the cluster did not have the resources within cfg.placement_timeout_s.
     """
+    num = cfg.layout.world_size
     bundle = {"CPU": 1.0, "GPU": 1.0} if cfg.device == "cuda" else {"CPU": 1.0}
-    group = placement_group([bundle] * cfg.layout.world_size, strategy="PACK")
-    if not await asyncio.to_thread(group.wait, cfg.placement_timeout_s):
-        raise RunError(
-            f"placement of {cfg.layout.world_size} trainer ranks with {bundle} each: waited "
-            f"{cfg.placement_timeout_s:g} s for Ray, which has {ray.available_resources()}; "
-            "add nodes, or make trainer.layout smaller"
+    present = ray.cluster_resources().get("GPU", 0)
+    if cfg.ray_address == "local" and present < bundle.get("GPU", 0) * num:
+        raise ConfigError(
+            f"trainer.layout = {num} rank(s) with one GPU each: this machine has {present:g}; make the layout smaller, "
+            "set trainer.ray_address to a cluster, or set trainer.device = 'cpu'"
         )
+    # Rank 0 talks to the engine, which listens on the driver's loopback: the two share a node.
+    here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
+    group = placement_group([bundle | here, *[bundle] * (num - 1)], strategy="PACK")
+    await bounded(
+        asyncio.wrap_future(group.ready().future()),
+        lambda: (
+            f"placement of {num} trainer rank(s) with {bundle} each (Ray has {ray.available_resources()} free)"
+        ),
+        deadline_s=cfg.placement_timeout_s,
+        limit="trainer.placement_timeout_s",
+    )
     return [
         {
             "num_cpus": 1,
             "num_gpus": bundle.get("GPU", 0),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
         }
-        for rank in range(cfg.layout.world_size)
+        for rank in range(num)
     ]

@@ -13,7 +13,6 @@ from megatron_vespo.types import Group
 class Ticket:
     """The place in the queue of one admitted prompt."""
 
-    admitted_version: int
     group: Group | None = None
 
 
@@ -29,10 +28,9 @@ class GroupBuffer:
     Nothing is dropped for its age, and no length bias enters: a slow group is waited for.
     """
 
-    def __init__(self, *, prompts_per_step: int, max_staleness: int, version: int) -> None:
+    def __init__(self, *, prompts_per_step: int, max_staleness: int) -> None:
         self.prompts_per_step = prompts_per_step
         self.capacity = (max_staleness + 1) * prompts_per_step
-        self._version = version
         self._alive = 0
         self._queue: deque[Ticket] = deque()
         self._changed = asyncio.Condition()
@@ -43,7 +41,7 @@ class GroupBuffer:
         async with self._changed:
             await self._changed.wait_for(lambda: self._alive < self.capacity)
             self._alive += 1
-            ticket = Ticket(self._version)
+            ticket = Ticket()
             self._queue.append(ticket)
             return ticket
 
@@ -61,11 +59,10 @@ class GroupBuffer:
                 return []
             return [group for _ in range(self.prompts_per_step) if (group := self._queue.popleft().group)]
 
-    async def release(self, version: int) -> None:
-        """The groups last taken are trained on and engines serve `version`: admit as many new prompts."""
+    async def release(self) -> None:
+        """The groups last taken are trained on and the engine serves the new weights: admit as many prompts."""
         async with self._changed:
             self._alive -= self.prompts_per_step
-            self._version = version
             self._changed.notify_all()
 
     async def close(self) -> None:

@@ -1,9 +1,10 @@
-"""Times the phases of one step and bounds every wait, with a message that says who waited for whom."""
+"""Bounds every wait, with a message that says who waited for whom, and times the phases of a step."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import TypeVar
@@ -17,13 +18,44 @@ _REMIND_S = 30.0
 """A wait longer than this is reported, again and again, with what has arrived."""
 
 
-class StepClock:
-    """Wall-clock seconds per phase of one optimizer step."""
+async def bounded(
+    work: Awaitable[T], describe: Callable[[], str], *, deadline_s: float = math.inf, limit: str = ""
+) -> T:
+    """Await `work`, and tell every 30 s that it is still being waited for.
 
-    def __init__(self, step: int, deadline_s: float) -> None:
+    Args:
+        describe: who waits for what, and how much of it has arrived.
+        limit: name of the configuration field behind `deadline_s`.
+
+    Raises:
+        RunError: it took longer than the deadline; `work` is cancelled.
+    """
+    started = perf_counter()
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            waited = perf_counter() - started
+            if waited >= deadline_s:
+                raise RunError(
+                    f"{describe()} = not done after {waited:.1f} s: expected within {limit} = {deadline_s:g}; "
+                    "look in logs/ for what hangs, or raise the limit"
+                )
+            if waited >= _REMIND_S:
+                logger.warning("%s: waited %.0f s so far", describe(), waited)
+            await asyncio.wait({task}, timeout=min(_REMIND_S, deadline_s - waited))
+        return task.result()
+    finally:
+        task.cancel()
+
+
+class StepClock:
+    """Wall-clock seconds per phase of one optimizer step; every phase is bounded by the same deadline."""
+
+    def __init__(self, step: int, deadline_s: float, limit: str) -> None:
         self.step = step
-        self.deadline_s = deadline_s
         self.laps_s: dict[str, float] = {}
+        self._deadline_s = deadline_s
+        self._limit = limit
         self._started = perf_counter()
 
     @property
@@ -37,22 +69,11 @@ class StepClock:
             RunError: it took longer than the deadline; `work` is cancelled.
         """
         started = perf_counter()
-        task = asyncio.ensure_future(work)
-        try:
-            while not task.done():
-                waited = perf_counter() - started
-                if waited >= self.deadline_s:
-                    raise RunError(self._describe(phase, waited, progress) + f": expected to end within "
-                                   f"loop.step_timeout_s = {self.deadline_s:g}; look at logs/ for what hangs, "
-                                   "or raise the limit")  # fmt: skip
-                if waited >= _REMIND_S:
-                    logger.warning(self._describe(phase, waited, progress))
-                await asyncio.wait({task}, timeout=min(_REMIND_S, self.deadline_s - waited))
-            return task.result()
-        finally:
-            task.cancel()
-            self.laps_s[phase] = self.laps_s.get(phase, 0.0) + perf_counter() - started
 
-    def _describe(self, phase: str, waited: float, progress: Callable[[], str] | None) -> str:
-        arrived = f" ({progress()})" if progress else ""
-        return f"step {self.step}: the loop has waited {waited:.0f} s for '{phase}'{arrived}"
+        def describe() -> str:
+            return f"step {self.step}, phase '{phase}'" + (f" ({progress()})" if progress else "")
+
+        try:
+            return await bounded(work, describe, deadline_s=self._deadline_s, limit=self._limit)
+        finally:
+            self.laps_s[phase] = self.laps_s.get(phase, 0.0) + perf_counter() - started

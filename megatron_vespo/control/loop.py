@@ -13,7 +13,7 @@ from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.clock import StepClock
 from megatron_vespo.control.observer import Observer
 from megatron_vespo.data.prompts import EpochStream
-from megatron_vespo.types import Engine, Group, Prompt, Rollout, Trainer, TrainSequence, Verifier
+from megatron_vespo.types import Engine, Group, Prompt, Rollout, Scored, Trainer, TrainSequence, Verifier
 
 
 async def train(
@@ -41,27 +41,29 @@ async def train(
             tasks.create_task(produce(cfg, prompts, engine, verifier, buffer)) for _ in range(buffer.capacity)
         ]
         while version < cfg.loop.num_steps:
-            clock = StepClock(version + 1, cfg.loop.step_timeout_s)
+            clock = StepClock(version + 1, cfg.loop.step_timeout_s, "loop.step_timeout_s")
             groups = await clock.lap(
                 "wait", buffer.take(), buffer.progress
             )  # 1. y ~ mu with its A, oldest first
             if not groups:
                 break
             batch = [to_train_sequence(rollout) for group in groups for rollout in group.rollouts]
-            rescoring = tasks.create_task(engine.score(batch))  # log mu_v of the same tokens, meanwhile
+            rescoring = tasks.create_task(
+                rescore(batch, engine, cfg.loop.rescored_sequences)
+            )  # log mu_v, meanwhile
             output = await clock.lap("train", trainer.step(batch))  # 2. ascend E[ phi(W) A grad log pi_v ]
             rescored = await clock.lap("score", rescoring)
             version += 1
             sync = await clock.lap("sync", trainer.publish(version))  # 3. mu <- pi
-            await buffer.release(version)  # 4. admit as many new prompts
+            await buffer.release()  # 4. admit as many new prompts
             await observer.step(groups, output, rescored, sync)
             if observer.evaluation_is_due:
-                score = evaluate(observer.heldout, engine, verifier, cfg.loop.eval_samples)
-                observer.heldout_reward(await clock.lap("eval", score))
+                scores = evaluate(observer.heldout, engine, verifier, cfg.loop.eval_samples)
+                observer.heldout_reward(await clock.lap("eval", scores))
+            observer.finish(clock, sum(len(sequence.token_ids) for sequence in batch))
             if observer.checkpoint_is_due:
                 await clock.lap("save", trainer.save(version, observer.state()))
-                observer.saved()
-            observer.finish(clock)
+                observer.saved(clock.laps_s["save"])
 
         for producer in producers:
             producer.cancel()
@@ -87,14 +89,22 @@ async def produce(
 async def evaluate(
     prompts: Sequence[Prompt], engine: Engine, verifier: Verifier, num_samples: int
 ) -> list[float]:
-    """Rewards of `num_samples` responses to each prompt, sampled as in training."""
+    """Mean reward of `num_samples` responses to each prompt, sampled as in training."""
 
-    async def rewards(prompt: Prompt) -> tuple[float, ...]:
-        return await verifier.score(prompt, await engine.sample(prompt, num_samples))
+    async def mean_reward(prompt: Prompt) -> float:
+        rewards = await verifier.score(prompt, await engine.sample(prompt, num_samples))
+        return sum(rewards) / len(rewards)
 
     async with asyncio.TaskGroup() as tasks:
-        scores = [tasks.create_task(rewards(prompt)) for prompt in prompts]
-    return [reward for score in scores for reward in score.result()]
+        scores = [tasks.create_task(mean_reward(prompt)) for prompt in prompts]
+    return [score.result() for score in scores]
+
+
+async def rescore(batch: Sequence[TrainSequence], engine: Engine, num: int | None) -> list[Scored | None]:
+    """The engine's scores of `num` sequences evenly spread over the batch (None: of all), None for the others."""
+    chosen = sorted({int(i) for i in np.linspace(0, len(batch) - 1, min(num or len(batch), len(batch)))})
+    score_of = dict(zip(chosen, await engine.score([batch[i] for i in chosen]), strict=True))
+    return [score_of.get(i) for i in range(len(batch))]
 
 
 def to_train_sequence(rollout: Rollout) -> TrainSequence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from megatron_vespo.algo.mismatch import (
     sequence_nats,
     token_gap,
 )
-from megatron_vespo.types import Experts, Floats, Rollout, Scored, StepOutput, SyncReport
+from megatron_vespo.types import Doubles, Experts, Floats, Rollout, Scored, StepOutput, SyncReport
 
 Metrics = dict[str, float | int | list[float] | list[int]]
 
@@ -22,7 +23,7 @@ def step_metrics(
     version: int,
     rollouts: Sequence[Rollout],
     output: StepOutput,
-    rescored: Sequence[Scored],
+    rescored: Sequence[Scored | None],
     sync: SyncReport,
 ) -> Metrics:
     """Everything that one step tells about learning and about off-policyness.
@@ -34,16 +35,26 @@ def step_metrics(
 
     where mu_v is the engine's re-score of the batch while it serves version v, so the two engines are compared
     on identical weights.
+
+    Args:
+        rescored: None where a sequence was not scored again.
     """
     return {
         **_learning(rollouts),
         **_staleness(version, rollouts),
         **_weights(rollouts, output),
-        **_gaps(rollouts, output.scored, rescored),
-        **_experts(rollouts, output.scored, rescored),
+        **_engines(
+            [
+                Seen(trainer=ours, engine=theirs, then=rollout)
+                for rollout, ours, theirs in zip(rollouts, output.scored, rescored, strict=True)
+                if theirs is not None
+            ]
+        ),
         "optim/loss": output.loss,
         "optim/grad_norm": output.grad_norm,
         "optim/learning_rate": output.learning_rate,
+        **{f"time/train_{part}_s": seconds for part, seconds in output.time_s.items()},
+        **{f"time/sync_{part}_s": seconds for part, seconds in sync.time_s.items()},
         "sync/bytes": sync.num_bytes,
         "sync/canary_abs_max_nats": sync.canary_abs_max,
     }
@@ -89,9 +100,18 @@ def _weights(rollouts: Sequence[Rollout], output: StepOutput) -> Metrics:
     return metrics
 
 
-def _gaps(rollouts: Sequence[Rollout], trainer: Sequence[Scored], engine: Sequence[Scored]) -> Metrics:
-    trainer_B, engine_B = [s.logp for s in trainer], [s.logp for s in engine]
-    behavior_B = [r.response.behavior_logp for r in rollouts]
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One sequence as trainer and engine see it under the same weights, and as it was sampled then."""
+
+    trainer: Scored
+    engine: Scored
+    then: Rollout
+
+
+def _engines(seen: Sequence[Seen]) -> Metrics:
+    trainer_B, engine_B = [s.trainer.logp for s in seen], [s.engine.logp for s in seen]
+    behavior_B = [s.then.response.behavior_logp for s in seen]
     mismatch_B = sequence_nats(trainer_B, engine_B)
     stale_B = sequence_nats(engine_B, behavior_B)
     tokens = token_gap(np.concatenate(trainer_B), np.concatenate(engine_B))
@@ -101,14 +121,14 @@ def _gaps(rollouts: Sequence[Rollout], trainer: Sequence[Scored], engine: Sequen
         "mismatch/seq_nats_abs_max": float(np.abs(mismatch_B).max()),
         "stale/seq_nats_mean": float(stale_B.mean()),
         "stale/seq_nats_std": float(stale_B.std()),
+        **_experts(seen),
     }
 
 
-def _experts(rollouts: Sequence[Rollout], trainer: Sequence[Scored], engine: Sequence[Scored]) -> Metrics:
+def _experts(seen: Sequence[Seen]) -> Metrics:
     """Trainer against engine on the same weights, and trainer now against the engine when it sampled."""
-    ours = [s.experts for s in trainer]
-    now = [s.experts for s in engine]
-    then = [r.response.experts for r in rollouts]
+    ours, now = [s.trainer.experts for s in seen], [s.engine.experts for s in seen]
+    then = [s.then.response.experts for s in seen]
     if any(x is None for x in [*ours, *now, *then]):
         return {}
     same_weights = expert_gap(_overlap(ours, now))
@@ -120,7 +140,7 @@ def _experts(rollouts: Sequence[Rollout], trainer: Sequence[Scored], engine: Seq
     }
 
 
-def _overlap(chosen: Sequence[Experts | None], reference: Sequence[Experts | None]) -> np.ndarray:
+def _overlap(chosen: Sequence[Experts | None], reference: Sequence[Experts | None]) -> Doubles:
     return expert_overlap(
         np.concatenate([x for x in chosen if x is not None]),
         np.concatenate([x for x in reference if x is not None]),

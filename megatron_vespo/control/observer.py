@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from megatron_vespo.config import TrainConfig
 from megatron_vespo.control.clock import StepClock
 from megatron_vespo.control.measurements import Metrics, step_metrics
+from megatron_vespo.control.progress import Progress
 from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rundir import RunDirectory, rollout_rows, write_rollouts
-from megatron_vespo.types import Group, Prompt, Rollout, Scored, StepOutput, SyncReport, Verifier
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a resumed run needs to know besides the trainer's checkpoint."""
-
-    version: int = 0
-    prompts_consumed: int = 0
-    """Prompts whose groups were trained on; the stream resumes here, in-flight prompts are sampled again."""
+from megatron_vespo.types import Group, Prompt, Scored, StepOutput, SyncReport, Verifier
 
 
 class Observer:
@@ -36,11 +28,11 @@ class Observer:
         verifier: Verifier,
         start: Progress,
     ) -> None:
-        self.cfg = cfg
         self.heldout = heldout
         self.progress = start
+        self._cfg = cfg.loop
         self._run, self._log, self._view, self._verifier = run, log, view, verifier
-        self._num_tokens = 0
+        self._failed_before = (0, 0)
         self._pending: Metrics = {}
 
     def started(self, report: SyncReport) -> None:
@@ -51,42 +43,43 @@ class Observer:
         )
 
     async def step(
-        self, groups: Sequence[Group], output: StepOutput, rescored: Sequence[Scored], sync: SyncReport
+        self, groups: Sequence[Group], output: StepOutput, rescored: Sequence[Scored | None], sync: SyncReport
     ) -> None:
         """One optimizer step is done and its weights are served."""
-        version = self.progress.version + 1
-        rollouts: list[Rollout] = [rollout for group in groups for rollout in group.rollouts]
+        self.progress = self.progress.after(1, len(groups))
+        version = self.progress.version
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
         self._pending |= step_metrics(version, rollouts, output, rescored, sync)
+        self._pending |= self._verifier_failures()
         rows = rollout_rows(rollouts, output, rescored, step=version)
         await asyncio.to_thread(write_rollouts, self._run.rollouts, rows)
-        self.progress = Progress(
-            version=version, prompts_consumed=self.progress.prompts_consumed + len(groups)
-        )
-        self._num_tokens = sum(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows)
 
-    def finish(self, clock: StepClock) -> None:
+    def heldout_reward(self, reward_P: Sequence[float]) -> None:
+        """A held-out evaluation of the current version ended: one mean reward per prompt."""
+        mean = sum(reward_P) / len(reward_P)
+        version = self.progress.version
+        self._view.event(f"version {version}: held-out reward {mean:.3f} ({len(reward_P)} prompts)")
+        self._pending["reward/heldout_mean"] = mean
+        if version == 0:  # there is no step to join
+            self.flush()
+
+    def finish(self, clock: StepClock, num_tokens: int) -> None:
         """Write the step down."""
         self._pending |= {f"time/{phase}_s": seconds for phase, seconds in clock.laps_s.items()}
-        self._pending["verifier/timeouts"] = self._verifier.num_timeouts
         self._pending["time/step_s"] = clock.elapsed_s
-        self._pending["throughput/tokens_per_s"] = self._num_tokens / clock.elapsed_s
-        self._view.step(self._log.log(self.progress.version, self._pending))
-        self._pending = {}
+        self._pending["throughput/tokens_per_s"] = num_tokens / clock.elapsed_s
+        self.flush()
 
-    def heldout_reward(self, rewards: Sequence[float]) -> None:
-        """A held-out evaluation of the current version ended."""
-        mean = sum(rewards) / len(rewards)
-        self._view.event(
-            f"version {self.progress.version}: held-out reward {mean:.3f} ({len(rewards)} responses)"
-        )
-        if self.progress.version == 0:  # before the first step there is no record to join
-            self._view.step(self._log.log(0, {"reward/heldout_mean": mean}))
-        else:
-            self._pending["reward/heldout_mean"] = mean
+    def saved(self, seconds: float) -> None:
+        """A checkpoint of the current version is on disk; its time is written down with the next step."""
+        self._view.event(f"version {self.progress.version}: checkpoint saved in {seconds:.1f} s")
+        self._pending["time/save_s"] = seconds
 
-    def saved(self) -> None:
-        """A checkpoint of the current version is on disk."""
-        self._view.event(f"version {self.progress.version}: checkpoint saved")
+    def flush(self) -> None:
+        """Write down what is known of the current version, if anything is."""
+        if self._pending.keys() - {"time/save_s"}:
+            self._view.step(self._log.log(self.progress.version, self._pending))
+            self._pending = {}
 
     @property
     def first_evaluation_is_due(self) -> bool:
@@ -94,16 +87,23 @@ class Observer:
 
     @property
     def evaluation_is_due(self) -> bool:
-        return bool(self.heldout) and self._due(self.cfg.loop.eval_every)
+        return bool(self.heldout) and self._is_due(self._cfg.eval_every)
 
     @property
     def checkpoint_is_due(self) -> bool:
-        return self._due(self.cfg.loop.save_every)
+        return self._is_due(self._cfg.save_every)
 
-    def state(self) -> dict[str, int]:
-        """What `Progress(**state)` needs after a resume."""
+    def state(self) -> dict[str, str | int]:
+        """What a checkpoint remembers: `Progress(**state)`."""
         return asdict(self.progress)
 
-    def _due(self, every: int) -> bool:
+    def _is_due(self, every: int) -> bool:
         version = self.progress.version
-        return version == self.cfg.loop.num_steps or (every > 0 and version % every == 0)
+        return version == self._cfg.num_steps or (every > 0 and version % every == 0)
+
+    def _verifier_failures(self) -> Metrics:
+        """Responses that got reward 0 since the last step because they could not be verified."""
+        now = (self._verifier.num_timeouts, self._verifier.num_deaths)
+        timeouts, deaths = (after - before for after, before in zip(now, self._failed_before, strict=True))
+        self._failed_before = now
+        return {"verifier/timeouts": timeouts, "verifier/deaths": deaths}

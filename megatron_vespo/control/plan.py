@@ -12,6 +12,7 @@ from megatron_vespo.data.prompts import load_demonstrations, load_prompts, load_
 from megatron_vespo.rollout.server import command as engine_command
 from megatron_vespo.trainer.hf_config import ModelShape, read_model_shape
 from megatron_vespo.trainer.layout import check_layout, grid
+from megatron_vespo.trainer.packing import padded_length
 from megatron_vespo.types import Prompt, TrainSequence
 
 _NUM_CANARIES = 4
@@ -30,9 +31,10 @@ class TrainPlan:
     @property
     def canary(self) -> list[TrainSequence]:
         """Fixed prompts whose log-probs, first token excepted, confirm every weight push."""
+        long_enough = [prompt for prompt in self.prompts if len(prompt.token_ids) > 1]
         return [
             TrainSequence(uid=f"canary {prompt.uid}", token_ids=prompt.token_ids, num_prompt_tokens=1)
-            for prompt in self.prompts[:_NUM_CANARIES]
+            for prompt in long_enough[:_NUM_CANARIES]
         ]
 
     @property
@@ -46,13 +48,20 @@ def plan_train(cfg: TrainConfig) -> TrainPlan:
     Raises:
         ConfigError: a file is missing or malformed, or the model cannot be divided over the layout.
     """
-    shape = _checked_shape(cfg.model, cfg.trainer)
+    longest = cfg.prompts.max_prompt_tokens + cfg.sampling.max_response_tokens
+    field = "prompts.max_prompt_tokens + sampling.max_response_tokens"
+    shape = _checked_shape(cfg.model, cfg.trainer, longest, field)
     engine_command(
         cfg.rollout, cfg.model, port=_ANY_PORT
     )  # refuses what the server could not be started with
     tokenizer = load_tokenizer(cfg.model)
     prompts = load_prompts(cfg.prompts.train, tokenizer, cfg.prompts)
     heldout = load_prompts(cfg.prompts.heldout, tokenizer, cfg.prompts) if cfg.prompts.heldout else []
+    if all(len(prompt.token_ids) < 2 for prompt in prompts):
+        raise ConfigError(
+            f"prompts.train = '{cfg.prompts.train}': every prompt has one token, but weight pushes are confirmed on "
+            "prompts of at least two; give longer ones"
+        )
     return TrainPlan(cfg=cfg, shape=shape, prompts=prompts, heldout=heldout)
 
 
@@ -62,12 +71,7 @@ def plan_sft(cfg: SftConfig) -> Sequence[TrainSequence]:
     Raises:
         ConfigError: as in `plan_train`.
     """
-    _checked_shape(cfg.model, cfg.trainer)
-    if cfg.data.max_tokens > cfg.trainer.max_tokens_per_microbatch:
-        raise ConfigError(
-            f"trainer.max_tokens_per_microbatch = {cfg.trainer.max_tokens_per_microbatch}: must hold the longest "
-            f"demonstration of data.max_tokens = {cfg.data.max_tokens}, sequences are never split; raise it"
-        )
+    _checked_shape(cfg.model, cfg.trainer, cfg.data.max_tokens, "data.max_tokens")
     return load_demonstrations(cfg.data.train, load_tokenizer(cfg.model), cfg.data)
 
 
@@ -98,14 +102,30 @@ def describe_sft(cfg: SftConfig) -> str:
     return _sections(cfg, grid(cfg.trainer.layout, shape), [_ranks_line(cfg.trainer)], work)
 
 
-def _checked_shape(model: Path, cfg: TrainerConfig) -> ModelShape:
+def _checked_shape(model: Path, cfg: TrainerConfig, longest: int, field: str) -> ModelShape:
+    """The model's shape, if it can be divided over the layout and hold sequences of `longest` tokens."""
     shape = read_model_shape(model)
     check_layout(cfg.layout, shape)
+    if cfg.megatron:
+        from megatron_vespo.trainer.model import check_overrides  # imports megatron: seconds
+
+        check_overrides(cfg)
+    if longest > shape.max_positions:
+        raise ConfigError(
+            f"{field} = {longest}: '{model}' was made for at most {shape.max_positions} positions "
+            "(max_position_embeddings); lower it"
+        )
+    padded = padded_length(longest, cfg.layout)
+    if padded > cfg.max_tokens_per_microbatch:
+        raise ConfigError(
+            f"trainer.max_tokens_per_microbatch = {cfg.max_tokens_per_microbatch}: must hold the longest sequence, "
+            f"{padded} padded tokens ({field} = {longest}), because sequences are never split; raise it"
+        )
     return shape
 
 
 def _shell_line(cfg: TrainConfig) -> str:
-    argv, env = engine_command(cfg.rollout, cfg.model, port=cfg.rollout.port or _ANY_PORT)
+    argv, env = engine_command(cfg.rollout, cfg.model, port=cfg.rollout.port or _ANY_PORT, seed=cfg.seed)
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(argv)])
 
 

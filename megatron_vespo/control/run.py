@@ -5,57 +5,72 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 from megatron_vespo.config import AlgorithmConfig, ConfigError, SftConfig, TrainConfig, to_toml
-from megatron_vespo.control import loop
+from megatron_vespo.control import loop, session
 from megatron_vespo.control.actors import PolicySpec, TrainerGroup
 from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.clock import StepClock
-from megatron_vespo.control.observer import Observer, Progress
+from megatron_vespo.control.observer import Observer
 from megatron_vespo.control.plan import TrainPlan, plan_sft, plan_train
+from megatron_vespo.control.progress import Progress, keep, name_of_stream, rescue, start_of
 from megatron_vespo.data.prompts import EpochStream
 from megatron_vespo.data.verifiers import MathVerifier
 from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rollout.client import SGLangEngine
 from megatron_vespo.rollout.server import Server
 from megatron_vespo.rundir import RunDirectory
-from megatron_vespo.trainer.checkpoint import latest, read_state
 from megatron_vespo.types import Interrupted, RunError, TrainSequence
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+
+Report = Callable[[Path], Path]
+"""Explains a run directory in a file, whose path it returns."""
 
 
-def train(cfg: TrainConfig, *, resume: bool) -> None:
+class Desk(NamedTuple):
+    """Where a run writes, and what a person sees of it."""
+
+    run: RunDirectory
+    log: RunLog
+    view: LiveView
+
+    def tell(self, text: str) -> None:
+        """To the log file and to the person."""
+        logger.info(text)
+        self.view.event(text)
+
+
+def train(cfg: TrainConfig, *, resume: bool, report: Report) -> None:
     """Run `megatron-vespo train` to its end."""
     plan = plan_train(cfg)
-    with RunDirectory(cfg.run_dir, to_toml(cfg), resume=resume) as run:
-        start = _rewind(run, cfg.loop.num_steps)
-        view = LiveView(f"train {cfg.run_dir}", cfg.loop.num_steps, max_staleness=cfg.loop.max_staleness)
-        verifier = _verifier(cfg)
-        with RunLog(run, cfg.wandb_project) as log, view, _logging(run, view), contextlib.closing(verifier):
-            observer = Observer(cfg, run, log, view, plan.heldout, verifier, start)
-            _run(lambda stop: _train(plan, run, verifier, observer, view, stop), view.event)
+    stream = name_of_stream("train", cfg.seed, cfg.prompts.shuffle, (prompt.uid for prompt in plan.prompts))
+    start = start_of(cfg.run_dir, stream, resume=resume)
+    num_steps = cfg.loop.num_steps
+    if not _is_complete(cfg.run_dir, start, num_steps):
+        view = LiveView(f"train {cfg.run_dir}", num_steps, max_staleness=cfg.loop.max_staleness)
+        with _desk(cfg, start, view, report, resume=resume) as desk:
+            session.run(lambda stop: _train(plan, start, desk, stop), desk.tell)
 
 
-def finetune(cfg: SftConfig, *, resume: bool) -> None:
+def finetune(cfg: SftConfig, *, resume: bool, report: Report) -> None:
     """Run `megatron-vespo sft` to its end."""
     demonstrations = plan_sft(cfg)
-    with RunDirectory(cfg.run_dir, to_toml(cfg), resume=resume) as run:
-        start = _rewind(run, cfg.num_steps)
-        stream = EpochStream(demonstrations, cfg.seed, cfg.data.shuffle, start.prompts_consumed)
+    stream = name_of_stream("sft", cfg.seed, cfg.data.shuffle, (sequence.uid for sequence in demonstrations))
+    start = start_of(cfg.run_dir, stream, resume=resume)
+    if not _is_complete(cfg.run_dir, start, cfg.num_steps):
+        deck = EpochStream(demonstrations, cfg.seed, cfg.data.shuffle, start.consumed)
         view = LiveView(f"sft {cfg.run_dir}", cfg.num_steps)
-        with RunLog(run, cfg.wandb_project) as log, view, _logging(run, view):
-            _run(lambda stop: _finetune(cfg, stream, start, run, log, view, stop), view.event)
+        with _desk(cfg, start, view, report, resume=resume) as desk:
+            session.run(lambda stop: _finetune(cfg, deck, start, desk, stop), desk.tell)
 
 
 def evaluate(cfg: TrainConfig, log_file: Path) -> list[float]:
-    """Rewards of the held-out prompts' responses, sampled by the engine from cfg.model.
+    """Mean reward of each held-out prompt, its responses sampled by the engine from cfg.model.
 
     Raises:
         ConfigError: no held-out file is configured.
@@ -66,148 +81,159 @@ def evaluate(cfg: TrainConfig, log_file: Path) -> list[float]:
             "prompts.heldout is not set: expected the file to evaluate on; set prompts.heldout=FILE"
         )
 
-    async def sample_and_verify(stop: Stop) -> list[float]:
-        async with (
-            Server(cfg.rollout, cfg.model, log_file, seed=cfg.seed) as server,
-            _engine(plan, server) as engine,
-        ):
+    async def sample_and_verify(stop: session.Stop) -> list[float]:
+        server = Server(cfg.rollout, cfg.model, log_file, seed=cfg.seed)
+        async with server, _engine(cfg, server) as engine:
             with contextlib.closing(_verifier(cfg)) as verifier:
                 return await loop.evaluate(plan.heldout, engine, verifier, cfg.loop.eval_samples)
 
-    return _run(sample_and_verify, logger.warning)
+    return session.run(sample_and_verify, logger.warning)
 
 
-async def _train(
-    plan: TrainPlan, run: RunDirectory, verifier: MathVerifier, observer: Observer, view: LiveView, stop: Stop
-) -> None:
-    cfg, start = plan.cfg, observer.progress
+async def _train(plan: TrainPlan, start: Progress, desk: Desk, stop: session.Stop) -> None:
+    cfg = plan.cfg
     async with contextlib.AsyncExitStack() as stack:
-        view.event("starting the SGLang server and the trainer's ranks")
-        server = Server(cfg.rollout, cfg.model, run.logs / "sglang.log", seed=cfg.seed, progress=view.event)
-        spec = PolicySpec(
-            cfg=cfg.trainer,
-            model=cfg.model.resolve(),
-            algorithm=cfg.algorithm,
-            temperature=cfg.sampling.temperature,
-            seed=cfg.seed,
+        desk.tell("starting the SGLang server and the trainer's ranks")
+        server = Server(
+            cfg.rollout, cfg.model, desk.run.logs / "sglang.log", seed=cfg.seed, progress=desk.tell
         )
+        ranks = _trainer(cfg, cfg.algorithm, cfg.sampling.temperature, desk.run, records=plan.records_experts)
         async with asyncio.TaskGroup() as starting:
-            ranks = _trainer(spec, run, start, records_experts=plan.records_experts)
             ready = starting.create_task(stack.enter_async_context(ranks))
             starting.create_task(stack.enter_async_context(server))
         trainer = ready.result()
-        engine = await stack.enter_async_context(_engine(plan, server))
+        if start.version:
+            await trainer.load(start.version)
+        engine = await stack.enter_async_context(_engine(cfg, server))
+        verifier = stack.enter_context(contextlib.closing(_verifier(cfg)))
         await trainer.connect(engine, server.url, cfg.rollout, plan.canary)
 
-        prompts = EpochStream(plan.prompts, cfg.seed, cfg.prompts.shuffle, start.prompts_consumed)
-        buffer = GroupBuffer(
-            prompts_per_step=cfg.loop.prompts_per_step,
-            max_staleness=cfg.loop.max_staleness,
-            version=start.version,
-        )
+        prompts = EpochStream(plan.prompts, cfg.seed, cfg.prompts.shuffle, start.consumed)
+        buffer = GroupBuffer(prompts_per_step=cfg.loop.prompts_per_step, max_staleness=cfg.loop.max_staleness)
+        observer = Observer(cfg, desk.run, desk.log, desk.view, plan.heldout, verifier, start)
         stop.gently = lambda: asyncio.ensure_future(buffer.close())
         try:
             await loop.train(cfg, prompts, engine, verifier, trainer, observer, buffer)
         except Exception as error:
-            await _rescue(trainer, observer.progress, view)
+            observer.flush()
+            await rescue(trainer, observer.progress, cfg.loop.prompts_per_step, desk.tell)
             if report := server.death_report():  # whatever else failed, failed because of it
-                raise RunError(f"engine {server.url} = dead: the run cannot go on without it; it {report}") from error
+                raise RunError(
+                    f"engine {server.url} = dead: the run cannot go on without it; it {report}"
+                ) from error
             raise
-        await _finish(trainer, observer.progress, cfg.loop.num_steps, run, view)
+        await _finish(trainer, observer.progress, cfg.loop.num_steps, desk)
 
 
 async def _finetune(
     cfg: SftConfig,
     demonstrations: EpochStream[TrainSequence],
     progress: Progress,
-    run: RunDirectory,
-    log: RunLog,
-    view: LiveView,
-    stop: Stop,
+    desk: Desk,
+    stop: session.Stop,
 ) -> None:
     """Supervised fine-tuning: REINFORCE on demonstrations, whose coefficient and advantage are 1."""
-    view.event("starting the trainer's ranks")
-    algorithm = AlgorithmConfig(name="reinforce")
-    spec = PolicySpec(cfg=cfg.trainer, model=cfg.model.resolve(), algorithm=algorithm, temperature=1.0, seed=cfg.seed)
-    async with _trainer(spec, run, progress, records_experts=False) as trainer:
+    desk.tell("starting the trainer's ranks")
+    async with _trainer(cfg, AlgorithmConfig(name="reinforce"), 1.0, desk.run, records=False) as trainer:
+        if progress.version:
+            await trainer.load(progress.version)
         stop.gently = lambda: None  # looked at between steps
-        while progress.version < cfg.num_steps and not stop.requested:
-            clock = StepClock(progress.version + 1, cfg.step_timeout_s)
-            batch = demonstrations.take(cfg.batch_size)
-            output = await clock.lap("train", trainer.step(batch))
-            progress = Progress(version=progress.version + 1, prompts_consumed=demonstrations.position)
-            record = log.log(progress.version, {
-                "optim/loss": output.loss,
-                "optim/grad_norm": output.grad_norm,
-                "optim/learning_rate": output.learning_rate,
-                "time/step_s": clock.elapsed_s,
-                "throughput/tokens_per_s": sum(len(s.token_ids) for s in batch) / clock.elapsed_s,
-            })  # fmt: skip
-            if progress.version % cfg.log_every == 0 or progress.version == cfg.num_steps:
-                view.step(record)
-            if cfg.save_every and progress.version % cfg.save_every == 0:
-                await trainer.save(progress.version, asdict(progress))
-        await _finish(trainer, progress, cfg.num_steps, run, view)
+        try:
+            while progress.version < cfg.num_steps and not stop.requested:
+                clock = StepClock(progress.version + 1, cfg.step_timeout_s, "step_timeout_s")
+                batch = demonstrations.take(cfg.batch_size)
+                output = await clock.lap("train", trainer.step(batch))
+                progress = progress.after(1, len(batch))
+                record = desk.log.log(progress.version, {
+                    "optim/loss": output.loss,
+                    "optim/grad_norm": output.grad_norm,
+                    "optim/learning_rate": output.learning_rate,
+                    "time/step_s": clock.elapsed_s,
+                    "throughput/tokens_per_s": sum(len(s.token_ids) for s in batch) / clock.elapsed_s,
+                })  # fmt: skip
+                if progress.version % cfg.log_every == 0 or progress.version == cfg.num_steps:
+                    desk.view.step(record)
+                if cfg.save_every and progress.version % cfg.save_every == 0:
+                    await trainer.save(progress.version, asdict(progress))
+        except Exception:
+            await rescue(trainer, progress, cfg.batch_size, desk.tell)
+            raise
+        await _finish(trainer, progress, cfg.num_steps, desk)
 
 
-async def _finish(
-    trainer: TrainerGroup, progress: Progress, num_steps: int, run: RunDirectory, view: LiveView
-) -> None:
+async def _finish(trainer: TrainerGroup, progress: Progress, num_steps: int, desk: Desk) -> None:
     """Save what is not saved; export the final model, or say how to go on where the run was stopped early."""
-    if progress.version > trainer.saved_version:
-        await trainer.save(progress.version, asdict(progress))
+    await keep(trainer, progress)
     if progress.version < num_steps:
+        kept = (
+            f"the checkpoint of step {progress.version} is saved" if progress.version else "no step was done"
+        )
         raise Interrupted(
-            f"stopped after step {progress.version} of {num_steps}, whose checkpoint is saved; "
+            f"stopped after step {progress.version} of {num_steps}: {kept}; "
             "the same command with --resume continues"
         )
-    await trainer.save_hf(run.final)
-    view.event(f"final model in Hugging Face format: {run.final}")
+    await trainer.save_hf(desk.run.final)
+    desk.tell(f"final model in Hugging Face format: {desk.run.final}")
 
 
-async def _rescue(trainer: TrainerGroup, progress: Progress, view: LiveView) -> None:
-    """After a failure: save the steps that are done, if the ranks are still able to."""
-    if progress.version == trainer.saved_version:
-        return
-    if not await trainer.is_idle():
-        view.event(
-            f"steps {trainer.saved_version + 1} to {progress.version} are not saved: ranks hang in a collective"
-        )
-        return
-    await trainer.save(progress.version, asdict(progress))
-    view.event(f"the steps done so far are saved: checkpoint of version {progress.version}")
-
-
-def _rewind(run: RunDirectory, num_steps: int) -> Progress:
-    """Where the run starts: at its newest checkpoint, or at 0; what it logged after that is set aside.
+def _is_complete(run_dir: Path, start: Progress, num_steps: int) -> bool:
+    """Whether a resumed run has nothing left to do.
 
     Raises:
-        ConfigError: there is no step left to do.
+        ConfigError: it did more steps than are asked for.
     """
-    checkpoint = latest(run.checkpoints)
-    progress = Progress(**read_state(checkpoint)[1]) if checkpoint else Progress()
-    if progress.version >= num_steps:
+    if start.version > num_steps:
         raise ConfigError(
-            f"num_steps = {num_steps}: '{run.path}' holds a run of {progress.version} steps already; raise it to go on"
+            f"num_steps = {num_steps}: '{run_dir}' holds a run of {start.version} steps already; raise it to go on"
         )
-    if run.resumed:
-        run.rewind(progress.version if checkpoint else -1)
-    return progress
+    complete = start.version == num_steps and (run_dir / "final").exists()
+    if complete:
+        logger.warning("%s: complete, all %d steps are done; nothing to do", run_dir, num_steps)
+    return complete
+
+
+@contextlib.contextmanager
+def _desk(
+    cfg: TrainConfig | SftConfig, start: Progress, view: LiveView, report: Report, *, resume: bool
+) -> Iterator[Desk]:
+    """The open run directory; what a resume replaces is set aside, and a report is written however the run ends."""
+    with RunDirectory(cfg.run_dir, to_toml(cfg), resume=resume) as run:
+        if run.resumed:
+            run.rewind(start.version if start.version else -1)
+        try:
+            with (
+                RunLog(run, cfg.wandb_project) as log,
+                view,
+                session.logging_to(run.logs / "driver.log", view.event),
+            ):
+                yield Desk(run, log, view)
+        finally:
+            with contextlib.suppress(ConfigError):  # nothing was logged: there is nothing to explain
+                view.event(f"report: {report(run.path)}")
 
 
 @contextlib.asynccontextmanager
 async def _trainer(
-    spec: PolicySpec, run: RunDirectory, progress: Progress, *, records_experts: bool
+    cfg: TrainConfig | SftConfig,
+    algorithm: AlgorithmConfig,
+    temperature: float,
+    run: RunDirectory,
+    *,
+    records: bool,
 ) -> AsyncIterator[TrainerGroup]:
-    async with TrainerGroup(spec, run.checkpoints, run.logs, records_experts=records_experts) as trainer:
-        if progress.version:
-            await trainer.load(progress.version)
+    spec = PolicySpec(
+        cfg=cfg.trainer,
+        model=cfg.model.resolve(),
+        algorithm=algorithm,
+        temperature=temperature,
+        seed=cfg.seed,
+    )
+    async with TrainerGroup(spec, run.checkpoints, run.logs, records_experts=records) as trainer:
         yield trainer
 
 
 @contextlib.asynccontextmanager
-async def _engine(plan: TrainPlan, server: Server) -> AsyncIterator[SGLangEngine]:
-    cfg = plan.cfg
+async def _engine(cfg: TrainConfig, server: Server) -> AsyncIterator[SGLangEngine]:
     engine = SGLangEngine(server.url, cfg.model, cfg.rollout, cfg.sampling, server.death_report)
     try:
         yield engine
@@ -217,81 +243,3 @@ async def _engine(plan: TrainPlan, server: Server) -> AsyncIterator[SGLangEngine
 
 def _verifier(cfg: TrainConfig) -> MathVerifier:
     return MathVerifier(timeout_s=cfg.reward.timeout_s, num_processes=cfg.reward.num_processes)
-
-
-class Stop:
-    """SIGINT and SIGTERM: the first ends the run after the step in progress, the second at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.gently: Callable[[], object] | None = None
-        """How to ask for the gentle end; None while no step is in progress: the first signal then ends at once."""
-
-    def on_signals(self, at_once: Callable[[], object], tell: Callable[[str], None]) -> None:
-        def handle(number: signal.Signals) -> None:
-            if self.requested or self.gently is None:
-                at_once()
-                return
-            self.requested = True
-            tell(f"{number.name}: ending after the step in progress, then saving; once more to end at once")
-            self.gently()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, handle, number)
-
-
-def _run(main: Callable[[Stop], Awaitable[T]], tell: Callable[[str], None]) -> T:
-    """asyncio.run with our signals, and the first real cause instead of an exception group."""
-
-    async def guarded() -> T:
-        stop, task = Stop(), asyncio.current_task()
-        assert task is not None
-        stop.on_signals(task.cancel, tell)
-        try:
-            return await main(stop)
-        except asyncio.CancelledError:
-            raise Interrupted(
-                "stopped at once; the last checkpoint is kept, --resume continues from it"
-            ) from None
-
-    try:
-        return asyncio.run(guarded())
-    except BaseExceptionGroup as group:
-        logger.exception("the run failed")
-        raise _cause(group) from group
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The first RunError or ConfigError among the leaves of an exception group, else its first leaf."""
-    leaves = list(_leaves(error))
-    return next((leaf for leaf in leaves if isinstance(leaf, RunError | ConfigError)), leaves[0])
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for child in error.exceptions:
-            yield from _leaves(child)
-    else:
-        yield error
-
-
-@contextlib.contextmanager
-def _logging(run: RunDirectory, view: LiveView) -> Iterator[None]:
-    """Our own log goes to logs/driver.log; its warnings also to the live view."""
-
-    class ToView(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            view.event(record.getMessage())
-
-    file, warnings = logging.FileHandler(run.logs / "driver.log"), ToView(logging.WARNING)
-    file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    ours = logging.getLogger("megatron_vespo")
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    for handler in (file, warnings):
-        ours.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in (file, warnings):
-            ours.removeHandler(handler)

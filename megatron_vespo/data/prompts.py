@@ -63,10 +63,6 @@ class EpochStream(Generic[T], Iterator[T]):
         return [next(self) for _ in range(num)]
 
 
-PromptStream = EpochStream[Prompt]
-DemonstrationStream = EpochStream[TrainSequence]
-
-
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory; never asks the network.
 

@@ -11,7 +11,8 @@ import asyncio
 import base64
 import binascii
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class SGLangEngine:
         self._facts = read_facts(model)
         self._record_experts = rollout.record_experts and self._facts.is_moe
         self._timeout_s = rollout.request_timeout_s
+        self._slots = _Slots(rollout.max_running_requests)
         self._sampling = sampling
         self._death_report = death_report
         self._session: aiohttp.ClientSession | None = None
@@ -70,7 +72,7 @@ class SGLangEngine:
         """Sample `num` responses to one prompt at the sampling temperature, from the whole distribution.
 
         Raises:
-            RunError: the server died, refused, missed `request_timeout_s`, or answered nonsense.
+            RunError: the server died, refused, answered nonsense, or missed `request_timeout_s` once it had room.
         """
         who = f"prompt '{prompt.uid}'"
         request = {
@@ -161,7 +163,12 @@ class SGLangEngine:
         return _floats(logp, len(ids) - num_prompt, where)
 
     async def _generate(self, request: dict[str, Any], num: int, who: str) -> list[dict[str, Any]]:
-        """POST /generate until no answer was aborted, a bounded number of times."""
+        """POST /generate for `num` sequences as soon as the server has room for them."""
+        async with self._slots.hold(num):
+            return await self._generate_now(request, num, who)
+
+    async def _generate_now(self, request: dict[str, Any], num: int, who: str) -> list[dict[str, Any]]:
+        """Ask until no answer was aborted, a bounded number of times."""
         aborted: list[dict[str, Any]] = []
         for _ in range(MAX_ATTEMPTS):
             answer = await self._request("POST", "/generate", request, who)
@@ -218,6 +225,29 @@ class SGLangEngine:
             if report := self._death_report():
                 raise RunError(f"engine {self.url} = dead: {who} waited for it; it {report}")
             await asyncio.sleep(0.1)
+
+
+class _Slots:
+    """Bounds the sequences in flight, so that no deadline runs while a request waits in the server's queue."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._free = asyncio.Semaphore(limit)
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def hold(self, num: int) -> AsyncIterator[None]:
+        """Hold `num` slots, or all where there are fewer; first come, first served."""
+        held = 0
+        try:
+            async with self._turn:  # two waiters that each held a part would wait for one another for ever
+                while held < min(num, self._limit):
+                    await self._free.acquire()
+                    held += 1
+            yield
+        finally:
+            for _ in range(held):
+                self._free.release()
 
 
 def parse_response(

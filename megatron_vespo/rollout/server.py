@@ -40,6 +40,21 @@ TAIL_LINES = 20
 TERMINATE_WITHIN_S = 10.0
 
 
+OWNED = {
+    "model-path": "set model",
+    "host": f"the server listens on {HOST} only",
+    "port": "set rollout.port",
+    "device": "set rollout.device",
+    "dtype": "set rollout.dtype",
+    "tensor-parallel-size": "set rollout.tensor_parallel",
+    "tp-size": "set rollout.tensor_parallel",
+    "context-length": "set rollout.context_length",
+    "max-running-requests": "set rollout.max_running_requests",
+    "weight-version": "it counts optimizer steps",
+}
+"""Options that rollout.sglang may not override, and what to do instead."""
+
+
 class Command(NamedTuple):
     """How the server is started."""
 
@@ -55,7 +70,8 @@ def command(cfg: RolloutConfig, model: Path, port: int, *, version: int = 0, see
         version: weight version that the weights in `model` are.
 
     Raises:
-        ConfigError: the interpreter, the model or its tokenizer is missing, or the context exceeds the model's.
+        ConfigError: the interpreter, the model or its tokenizer is missing, the context exceeds the model's, or
+            rollout.sglang names an option that is ours.
     """
     facts = read_facts(model)
     if cfg.context_length > facts.max_positions:
@@ -72,6 +88,7 @@ def command(cfg: RolloutConfig, model: Path, port: int, *, version: int = 0, see
         "tensor-parallel-size": cfg.tensor_parallel,
         "context-length": cfg.context_length + CONTEXT_SLACK,
         "max-running-requests": cfg.max_running_requests,
+        "enable-fp32-lm-head": cfg.dtype == "bfloat16",  # as the trainer: logits of either are float32
         "enable-return-routed-experts": cfg.record_experts and facts.is_moe,
         "weight-version": version,
         "random-seed": seed,
@@ -81,19 +98,21 @@ def command(cfg: RolloutConfig, model: Path, port: int, *, version: int = 0, see
     if cfg.device == "cpu":
         options |= _cpu_options(cfg)
         env |= _cpu_env(cfg)
-    options |= {key.replace("_", "-"): value for key, value in cfg.sglang.items()}
+    options |= _verbatim_options(cfg)
     argv = [_interpreter(cfg), "-m", "sglang.launch_server"]
     return Command((*argv, *(word for option in options.items() for word in _words(*option))), env)
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on, outside the range from which the kernel serves others."""
+def free_port(host: str = HOST) -> int:
+    """A port of an address of this machine on which nobody listens, outside the range that the kernel hands out."""
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     low = 20000 if first_ephemeral > 21000 else 10000
     for port in random.sample(range(low, max(first_ephemeral, low + 1000)), 100):
-        if _is_free(port):
+        if _is_free(host, port):
             return port
-    raise RunError(f"free port = none: 100 loopback ports from {low} on are all in use; set rollout.port")
+    raise RunError(
+        f"free port = none: 100 ports of {host} from {low} on are all in use; end what listens there"
+    )
 
 
 class Server:
@@ -147,7 +166,7 @@ class Server:
             RunError: it died (with the end of its log) or missed `start_timeout_s`; nothing is left running.
         """
         self._port = self._cfg.port or free_port()
-        if not _is_free(self._port):
+        if not _is_free(HOST, self._port):
             raise ConfigError(
                 f"rollout.port = {self._port}: in use on {HOST}; leave it out to get a free one"
             )
@@ -289,6 +308,15 @@ def _interpreter(cfg: RolloutConfig) -> str:
     return found
 
 
+def _verbatim_options(cfg: RolloutConfig) -> dict[str, Any]:
+    options = {key.replace("_", "-"): value for key, value in cfg.sglang.items()}
+    for key in options:
+        # SGLang's argument parser takes the beginning of an option for the option (`model`, `tp`).
+        if owned := next((name for name in OWNED if name.startswith(key)), None):
+            raise ConfigError(f"rollout.sglang.{key}: cannot be overridden, {OWNED[owned]}; take it out")
+    return options
+
+
 def _cpu_options(cfg: RolloutConfig) -> dict[str, Any]:
     """The pool is bounded by tokens: as a share of host memory it would depend on who else starts just now."""
     return {
@@ -332,11 +360,11 @@ def _words(name: str, value: Any) -> list[str]:
     return [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
 
 
-def _is_free(port: int) -> bool:
+def _is_free(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is free
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -70,7 +70,7 @@ class WeightSync:
 
         Args:
             model: Hugging Face directory that the engine serves; names and shapes are checked against it.
-            device: where buckets are made: "cpu" for gloo, this rank's GPU for nccl.
+            device: this trainer rank's; NCCL's buckets are made there, gloo's on the CPU.
             bucket_bytes: most bytes of one broadcast, and extra memory on both sides (or one tensor, if larger).
             timeout_s: deadline of the connection, and of every whole push.
 
@@ -88,12 +88,15 @@ class WeightSync:
         control.has_session = control.status("/begin_weight_update") != 404
         control.has_radix_cache = not info["disable_radix_cache"]
         group = _Group.meet(control, backend, num_engine_ranks=info["tp_size"])
-        return cls(control, group, model, device, bucket_bytes)
+        return cls(control, group, model, torch.device("cpu") if backend == "gloo" else device, bucket_bytes)
 
     def push(self, named_tensors: Iterator[Named], version: int) -> tuple[int, dict[str, float]]:
-        """Replace all weights of the engine, and return once it confirms that it serves `version`.
+        """Replace all weights of the engine, and return once it has taken every tensor and carries the label `version`.
 
         Requests in flight are retracted and go on under the new weights, labelled as such.
+
+        The label is our own word: the engine says no more than that it answered every request of the push.  Scoring
+        a canary there shows weights that are grossly wrong, not a tensor that moved less than its tolerance.
 
         Args:
             named_tensors: every tensor of the model, full, under its Hugging Face name, in any order.
@@ -270,7 +273,8 @@ class _Group(NamedTuple):
     name: str
     process_group: ProcessGroup
     store: TCPStore
-    thread: ThreadPoolExecutor
+    threads: ThreadPoolExecutor
+    backend: str
 
     @classmethod
     def meet(cls, control: _Control, backend: str, num_engine_ranks: int) -> _Group:
@@ -279,7 +283,7 @@ class _Group(NamedTuple):
         size, timeout = 1 + num_engine_ranks, timedelta(seconds=control.timeout_s)
         address = _address_seen_by(control.url)
         store = TCPStore(address, 0, size, is_master=True, timeout=timeout, wait_for_workers=False)
-        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-sync")
+        threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="weight-sync")
         invitation = {
             "master_address": address,
             "master_port": store.port,
@@ -288,7 +292,7 @@ class _Group(NamedTuple):
             "group_name": name,
             "backend": backend,
         }
-        invited = thread.submit(control.post, "/init_weights_update_group", invitation)
+        invited = threads.submit(control.post, "/init_weights_update_group", invitation)
         while (
             not invited.done() and store.num_keys() == 0
         ):  # a refused engine never joins: do not wait for it
@@ -297,7 +301,7 @@ class _Group(NamedTuple):
             invited.result()
         process_group = _form(backend, PrefixStore(name, store), size, name, timeout)
         invited.result()
-        return cls(name, process_group, store, thread)
+        return cls(name, process_group, store, threads, backend)
 
     def broadcast(self, control: _Control, flat: torch.Tensor, description: dict[str, list[Any]]) -> None:
         """Send one bucket; leaves neither side waiting, whoever fails."""
@@ -307,24 +311,29 @@ class _Group(NamedTuple):
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
-        posted = self.thread.submit(control.post, "/update_weights_from_distributed", request)
+        both = [
+            self.threads.submit(control.post, "/update_weights_from_distributed", request),
+            self.threads.submit(self._send, flat),
+        ]
+        done, pending = wait(both, timeout=control.left_s, return_when=FIRST_EXCEPTION)
+        if pending or any(future.exception() for future in done):
+            self._give_up(control, both, len(description["names"]))
+
+    def _send(self, flat: torch.Tensor) -> None:
+        """Return when the bytes are through.  NCCL blocks already here, when its communicator is first made."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        work = self.process_group.broadcast([flat], options)
-        while not (posted.done() and (work.is_completed() or posted.exception())):
-            if control.left_s <= 0.001:
-                break
-            time.sleep(POLL_S)
-        if posted.done() and posted.exception() is None and work.is_completed():
-            work.wait()
-            return
-        self._give_up(control, posted, len(description["names"]))
+        self.process_group.broadcast([flat], options).wait()
+        if flat.is_cuda:
+            torch.cuda.current_stream(flat.device).synchronize()
 
-    def _give_up(self, control: _Control, posted: Future[Any], num_tensors: int) -> None:
+    def _give_up(self, control: _Control, both: list[Future[Any]], num_tensors: int) -> None:
         """Break the group so that a pending broadcast ends, and say who waited for whom."""
         control.start_deadline(BREAK_WITHIN_S)
-        error = posted.exception() if posted.done() else None
+        error = next((future.exception() for future in both if future.done() and future.exception()), None)
         self._leave_engine(control)
+        if self.backend == "nccl":
+            self.process_group.abort()  # else our own kernel waits for the engine's for ever
         raise RunError(
             f"weight push to {control.url}: a bucket of {num_tensors} tensors was not taken: "
             f"{error or f'trainer rank 0 waited {control.timeout_s:.0f} s for the engine to receive it'}; "
@@ -342,7 +351,7 @@ class _Group(NamedTuple):
             return
         self._leave_engine(control)
         dist.destroy_process_group(self.process_group)
-        self.thread.shutdown(wait=True)
+        self.threads.shutdown(wait=True)
 
 
 def _form(backend: str, store: Store, size: int, name: str, timeout: timedelta) -> ProcessGroup:

@@ -245,7 +245,8 @@ class Export:
         me = self._groups.rank
         if me != 0:
             if me in contents:
-                dist.send(torch.cat([self._mine[names].detach().flatten() for names, _ in contents[me]]), 0)
+                mine = torch.cat([self._mine[names].detach().flatten() for names, _ in contents[me]])
+                _exchange([dist.P2POp(dist.isend, mine, 0)])
             return {}
         shards: dict[tuple[int, tuple[str, ...]], Tensor] = {}
         buffers = {
@@ -255,15 +256,19 @@ class Export:
             for rank, entries in contents.items()
             if rank != 0
         }
-        requests = [dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in buffers.items()]
-        for request in dist.batch_isend_irecv(requests) if requests else []:
-            request.wait()
+        _exchange([dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in buffers.items()])
         for rank, entries in contents.items():
             flat = buffers[rank].split([_numel(size) for _, size in entries]) if rank else None
             for i, (names, size) in enumerate(entries):
                 # A copy of rank 0's own: a tensor already handed on must not change in the next step.
                 shards[rank, names] = flat[i].view(size) if flat else self._mine[names].detach().clone()
         return shards
+
+
+def _exchange(operations: list[dist.P2POp]) -> None:
+    """Both ends must come here: NCCL meets a batch on another communicator than a plain send."""
+    for request in dist.batch_isend_irecv(operations) if operations else []:
+        request.wait()
 
 
 @dataclass(frozen=True)

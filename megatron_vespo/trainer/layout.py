@@ -115,7 +115,7 @@ def check_layout(layout: LayoutConfig, shape: ModelShape) -> None:
     if not shape.num_experts:
         if layout.expert > 1:
             raise ConfigError(
-                f"layout.expert = {layout.expert}: the model is dense; leave it out, or set it to 1"
+                f"trainer.layout.expert = {layout.expert}: the model is dense; leave it out, or set it to 1"
             )
         return
     ranks = layout.tensor * layout.context * layout.data
@@ -124,7 +124,7 @@ def check_layout(layout: LayoutConfig, shape: ModelShape) -> None:
     _must_divide("expert", layout.expert, {"experts": shape.num_experts, "ranks of a pipeline stage": ranks})
     if ranks % (layout.expert * shard):
         raise ConfigError(
-            f"layout.expert_tensor = {shard}: expert * expert_tensor = {layout.expert} * {shard} must divide "
+            f"trainer.layout.expert_tensor = {shard}: expert * expert_tensor = {layout.expert} * {shard} must divide "
             f"tensor * context * data = {ranks}, the ranks of a pipeline stage; "
             f"{_nearest('expert_tensor', shard, ranks // layout.expert)}"
         )
@@ -134,7 +134,7 @@ def _must_divide(name: str, value: int, totals: dict[str, int]) -> None:
     for what, total in totals.items():
         if total % value:
             raise ConfigError(
-                f"layout.{name} = {value}: must divide the {total} {what}; "
+                f"trainer.layout.{name} = {value}: must divide the {total} {what}; "
                 f"{_nearest(name, value, math.gcd(*totals.values()))}"
             )
 

@@ -1,7 +1,7 @@
 """Log-probs and entropies of given tokens from hidden states, without the logits of a whole microbatch.
 
 The LM head is divided by vocabulary rows over the tensor axis.  Its logits exist for one chunk of tokens at a time,
-in the forward and again in the backward, in the model's dtype for the product and float32 afterwards.
+in the forward and again in the backward, and in float32 from the product on, whatever the model's dtype.
 
 Shape key:  S tokens to score, h hidden size, V vocabulary rows of this rank.
 """
@@ -85,7 +85,12 @@ class _TokenLogp(torch.autograd.Function):
 
 
 def _logits(hidden_Sh: Tensor, weight_Vh: Tensor, head: Head) -> Tensor:
-    return (hidden_Sh @ weight_Vh.T).float() / head.temperature
+    """[S, V] float32; a product rounded to bfloat16 would move log-probs by some hundredths of a nat."""
+    if hidden_Sh.is_cuda and hidden_Sh.dtype == torch.bfloat16:
+        z_SV = torch.mm(hidden_Sh, weight_Vh.T, out_dtype=torch.float32)
+    else:
+        z_SV = hidden_Sh.float() @ weight_Vh.float().T
+    return z_SV / head.temperature
 
 
 def _local_stats(z_SV: Tensor, label_S: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ All model building is in this file, because Megatron-Core 0.19 announces the end
 built without an LM head in its forward: the last stage gives hidden states, and logprobs.py applies the head
 in chunks, so that full-vocabulary logits of a whole microbatch never exist.
 
-Import this module only after `cpu.install()` (or on CUDA): it imports megatron.
+It imports megatron: a rank imports it only after `cpu.install()` (or on CUDA); a driver, which builds nothing, may
+import it for `check_overrides` without.
 """
 
 from __future__ import annotations
@@ -36,18 +37,53 @@ OWNED = {
     "calculate_per_token_loss": "the loss is a sum with one global denominator",
     "moe_aux_loss_coeff": "its scale assumes divisions that the sum-form loss does not make",
     "moe_z_loss_coeff": "its scale assumes divisions that the sum-form loss does not make",
-    "sequence_parallel": "it follows from layout.tensor",
-    "tensor_model_parallel_size": "set layout.tensor",
-    "pipeline_model_parallel_size": "set layout.pipeline",
-    "context_parallel_size": "set layout.context",
-    "expert_model_parallel_size": "set layout.expert",
-    "expert_tensor_parallel_size": "set layout.expert_tensor",
+    "sequence_parallel": "it follows from trainer.layout.tensor",
+    "tensor_model_parallel_size": "set trainer.layout.tensor",
+    "pipeline_model_parallel_size": "set trainer.layout.pipeline",
+    "context_parallel_size": "set trainer.layout.context",
+    "expert_model_parallel_size": "set trainer.layout.expert",
+    "expert_tensor_parallel_size": "set trainer.layout.expert_tensor",
     "virtual_pipeline_model_parallel_size": "interleaved pipeline stages are not supported",
     "pipeline_model_parallel_layout": "stages hold equal numbers of layers",
     "mtp_num_layers": "multi-token prediction is not supported",
     "finalize_model_grads_func": "step.py sets it",
+    "variable_seq_lengths": "step.py sets it",
+    "moe_router_pre_softmax": "the model's config.json says it",
 }
-"""TransformerConfig fields that trainer.megatron may not override, and why."""
+"""TransformerConfig fields that trainer.megatron may not override, and why, beside the tables below."""
+
+SHAPE_FIELDS = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_heads",
+    "num_query_groups": "num_groups",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "ffn_size",
+    "layernorm_epsilon": "norm_eps",
+}
+MOE_SHAPE_FIELDS = {
+    "num_moe_experts": "num_experts",
+    "moe_router_topk": "experts_per_token",
+    "moe_ffn_hidden_size": "expert_ffn_size",
+}
+"""Megatron's names of what ModelShape says."""
+
+ARCHITECTURE = {
+    "normalization": "RMSNorm",
+    "qk_layernorm": True,
+    "add_bias_linear": False,
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+MOE_ARCHITECTURE = {
+    "moe_router_score_function": "softmax",
+    "moe_router_dtype": "fp32",
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+}
+"""What is the same for every Qwen3 model."""
 
 
 def use_transformer_engine(cfg: TrainerConfig) -> bool:
@@ -69,18 +105,41 @@ def use_transformer_engine(cfg: TrainerConfig) -> bool:
 
 
 def transformer_config(cfg: TrainerConfig, shape: ModelShape) -> TransformerConfig:
-    """Megatron's configuration of this model on this layout; `trainer.megatron` wins over ours.
+    """Megatron's configuration of this model on this layout, with `trainer.megatron` on top.
 
     Raises:
-        ConfigError: `trainer.megatron` names an unknown field, or one that the trainer itself must own.
+        ConfigError: as `check_overrides`.
     """
-    _check_overrides(cfg.megatron)
-    fields = _model_fields(shape) | _numeric_fields(cfg) | _layout_fields(cfg)
-    if shape.num_experts:
-        fields |= _moe_fields(cfg, shape)
-    if cfg.recompute:
-        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    check_overrides(cfg)
+    fields = _model_fields(shape) | _numeric_fields(cfg) | _layout_fields(cfg) | _switches(cfg, shape)
     return TransformerConfig(**(fields | cfg.megatron))
+
+
+def check_overrides(cfg: TrainerConfig) -> None:
+    """Refuse what `trainer.megatron` may not say; performance switches (`_switches`) are the only ones of ours it may.
+
+    Raises:
+        ConfigError: it names an unknown field, or one that the trainer itself sets.
+    """
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    ours = (
+        SHAPE_FIELDS
+        | MOE_SHAPE_FIELDS
+        | ARCHITECTURE
+        | MOE_ARCHITECTURE
+        | _numeric_fields(cfg)
+        | _layout_fields(cfg)
+    )
+    owned = (
+        dict.fromkeys(ours, "the trainer sets it from the model, trainer.dtype and trainer.device") | OWNED
+    )
+    for name in cfg.megatron:
+        if reason := owned.get(name):
+            raise ConfigError(f"trainer.megatron.{name}: cannot be overridden, {reason}; take it out")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "see megatron.core's TransformerConfig."
+            raise ConfigError(f"unknown field 'trainer.megatron.{name}': {hint}")
 
 
 def build_model(cfg: TrainerConfig, shape: ModelShape, *, stage: int) -> GPTModel:
@@ -125,34 +184,13 @@ def _hidden_states_instead_of_logits(hidden: Tensor, **_: Any) -> tuple[Tensor, 
     return hidden.transpose(0, 1), None
 
 
-def _check_overrides(overrides: dict[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    for name in overrides:
-        if name in OWNED:
-            raise ConfigError(f"trainer.megatron.{name}: cannot be overridden, {OWNED[name]}; take it out")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "see megatron.core's TransformerConfig."
-            raise ConfigError(f"unknown field 'trainer.megatron.{name}': {hint}")
-
-
 def _model_fields(shape: ModelShape) -> dict[str, Any]:
-    return {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads": shape.num_heads,
-        "num_query_groups": shape.num_groups,
-        "kv_channels": shape.head_dim,
-        "ffn_hidden_size": shape.ffn_size,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": shape.norm_eps,
-        "qk_layernorm": True,
-        "add_bias_linear": False,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-    }
+    fields = {name: getattr(shape, ours) for name, ours in SHAPE_FIELDS.items()} | ARCHITECTURE
+    if shape.num_experts:
+        fields |= {name: getattr(shape, ours) for name, ours in MOE_SHAPE_FIELDS.items()} | MOE_ARCHITECTURE
+        # softmax over the chosen logits == renormalized top-k
+        fields["moe_router_pre_softmax"] = not shape.normalized_top_k
+    return fields
 
 
 def _numeric_fields(cfg: TrainerConfig) -> dict[str, Any]:
@@ -161,14 +199,9 @@ def _numeric_fields(cfg: TrainerConfig) -> dict[str, Any]:
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "fp16": False,
         "calculate_per_token_loss": True,  # no division by microbatches or data ranks: see step.py
         "use_cpu_initialization": cfg.device == "cpu",
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "persist_layer_norm": False,
     }
 
 
@@ -180,26 +213,31 @@ def _layout_fields(cfg: TrainerConfig) -> dict[str, Any]:
         "context_parallel_size": layout.context,
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.resolved_expert_tensor,
-        "sequence_parallel": layout.tensor
-        > 1,  # Megatron refuses to train MoE with tensor parallelism otherwise
+        "sequence_parallel": layout.tensor > 1,  # else Megatron refuses MoE with tensor parallelism
         "batch_p2p_sync": False,
+        "deallocate_pipeline_outputs": cfg.device == "cuda",  # gloo may still be sending them
     }
 
 
-def _moe_fields(cfg: TrainerConfig, shape: ModelShape) -> dict[str, Any]:
-    return {
-        "num_moe_experts": shape.num_experts,
-        "moe_router_topk": shape.experts_per_token,
-        "moe_ffn_hidden_size": shape.expert_ffn_size,
-        "moe_router_score_function": "softmax",
-        "moe_router_pre_softmax": not shape.normalized_top_k,  # softmax over the chosen logits == renormalized top-k
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": use_transformer_engine(cfg),
-        "moe_permute_fusion": False,
+def _switches(cfg: TrainerConfig, shape: ModelShape) -> dict[str, Any]:
+    """How fast, not what: fusions off, which need extra kernels, and the plainest way to exchange tokens."""
+    fields: dict[str, Any] = {
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
     }
+    if shape.num_experts:
+        fields |= {
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_grouped_gemm": use_transformer_engine(cfg),
+            "moe_permute_fusion": False,
+        }
+    if cfg.recompute:
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return fields
 
 
 # ------------------------------------------------------------------------------- the torch-only layer spec

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vespo.config import LayoutConfig
 from megatron_vespo.types import Floats, RunError, TrainSequence
 
 Index = NDArray[np.int64]
@@ -37,8 +38,14 @@ class Microbatch:
     """Padded inputs per row, before the context axis divides them."""
 
 
+def padded_length(num_tokens: int, layout: LayoutConfig) -> int:
+    """Padded inputs of a sequence of `num_tokens` tokens, which the tensor and context axes divide evenly."""
+    multiple = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
+    return math.ceil((num_tokens - 1) / multiple) * multiple
+
+
 def plan(
-    sequences: Sequence[TrainSequence], *, data_ranks: int, max_tokens: int, multiple: int
+    sequences: Sequence[TrainSequence], layout: LayoutConfig, *, max_tokens: int
 ) -> list[list[Microbatch]]:
     """Microbatches of each data rank: the same number, with the same shapes, for every rank.
 
@@ -47,25 +54,24 @@ def plan(
 
     Args:
         max_tokens: budget of padded inputs of one rank's microbatch.
-        multiple: lengths are padded to a multiple of this (the tensor and context axes divide them).
 
     Raises:
         RunError: a sequence alone exceeds the budget.
     """
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].token_ids), i))
-    microbatches: list[list[Microbatch]] = [[] for _ in range(data_ranks)]
+    microbatches: list[list[Microbatch]] = [[] for _ in range(layout.data)]
     while order:
-        length = _padded(len(sequences[order[0]].token_ids) - 1, multiple)
+        length = padded_length(len(sequences[order[0]].token_ids), layout)
         if length > max_tokens:
             raise RunError(
                 f"sequence {sequences[order[0]].uid}: {length} padded tokens exceed trainer.max_tokens_per_microbatch "
                 f"= {max_tokens}, and sequences are never split; raise it, or shorten the sequences"
             )
-        num_rows = min(max_tokens // length, math.ceil(len(order) / data_ranks))
-        taken, order = order[: num_rows * data_ranks], order[num_rows * data_ranks :]
-        taken += [DUMMY] * (num_rows * data_ranks - len(taken))
+        num_rows = min(max_tokens // length, math.ceil(len(order) / layout.data))
+        taken, order = order[: num_rows * layout.data], order[num_rows * layout.data :]
+        taken += [DUMMY] * (num_rows * layout.data - len(taken))
         for data_rank, microbatch in enumerate(microbatches):
-            microbatch.append(Microbatch(tuple(taken[data_rank::data_ranks]), length))
+            microbatch.append(Microbatch(tuple(taken[data_rank :: layout.data]), length))
     return microbatches
 
 
@@ -150,10 +156,6 @@ def input_numbers(sequences: Sequence[TrainSequence], microbatch: Microbatch, co
             real = columns < len(sequences[index].token_ids) - 1
             numbers[real, row] = offsets[index] + columns[real]
     return numbers.reshape(-1)
-
-
-def _padded(length: int, multiple: int) -> int:
-    return math.ceil(length / multiple) * multiple
 
 
 def _nothing(num: int) -> list[Index]:

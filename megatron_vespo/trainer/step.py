@@ -38,6 +38,9 @@ from megatron_vespo.trainer.outputs import RankOutput, RouterRows
 from megatron_vespo.trainer.packing import DUMMY, Inputs, Microbatch, cut, input_numbers, plan, zigzag
 from megatron_vespo.types import RunError, TrainSequence
 
+PROBLEMS = ("loss", "log W", "log-prob")
+"""Numbers that are checked, each the cause of those before it."""
+
 
 class TrainerRank:
     """pi on one rank: its part of the weights and of their optimizer.
@@ -46,6 +49,9 @@ class TrainerRank:
         model: Hugging Face directory from which the weights are read.
         temperature: log-probs are those of softmax(logits / temperature), as the engine samples.
     """
+
+    num_steps: int
+    """Optimizer steps that the weights have behind them, those before a checkpoint included."""
 
     def __init__(
         self,
@@ -67,6 +73,7 @@ class TrainerRank:
         self.shape = read_model_shape(model)
         check_layout(cfg.layout, self.shape)
         self._cfg, self._source, self._algorithm = cfg, model, algorithm
+        self.num_steps = 0
         self.groups = init_process_groups(
             cfg.layout, place, device=cfg.device, timeout_s=cfg.collective_timeout_s
         )
@@ -100,7 +107,8 @@ class TrainerRank:
             This rank's share; `outputs.merge_step` puts all shares together.
 
         Raises:
-            RunError: a log-prob, the loss or the gradient is not finite; on every rank, and no weight has changed.
+            RunError: a log-prob, a log W, the loss or the gradient is not finite; on every rank, and no weight has
+                changed.
         """
         started = time.perf_counter()
         self._ddp.zero_grad_buffer()
@@ -109,6 +117,7 @@ class TrainerRank:
         computed = time.perf_counter()
         learning_rate = _set_learning_rate(self._optimizer, self._cfg.optimizer, step_number)
         grad_norm = self._update(step_number)
+        self.num_steps += 1
         time_s = {"forward_backward": computed - started, "optimizer": time.perf_counter() - computed}
         return store.output(time_s, grad_norm=grad_norm, learning_rate=learning_rate)
 
@@ -136,14 +145,9 @@ class TrainerRank:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         _check_batch(sequences, self.shape.vocab_size)
-        layout, at = self._cfg.layout, self.groups.at
-        multiple = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
-        microbatches = plan(
-            sequences,
-            data_ranks=layout.data,
-            max_tokens=self._cfg.max_tokens_per_microbatch,
-            multiple=multiple,
-        )[at.data]
+        microbatches = plan(sequences, self._cfg.layout, max_tokens=self._cfg.max_tokens_per_microbatch)[
+            self.groups.at.data
+        ]
         store = _Store(
             sequences=sequences,
             weight=token_weights([s.num_response_tokens for s in sequences], self._algorithm.aggregation),
@@ -210,7 +214,7 @@ class TrainerRank:
             loss, c = self._policy_loss(
                 store, microbatch, logp, Ratios(log_ratio_S=log_ratio, log_w_N=log_w, seq_S=row)
             )
-        store.note_problem(microbatch, inputs, logp.detach(), loss.detach())
+        store.note_problems(microbatch, inputs, logp.detach(), log_w, loss.detach())
         if self.groups.at.tensor == 0:  # the other tensor ranks computed the same
             store.tokens.append(
                 (inputs.token, *(x.detach().double().cpu().numpy() for x in (logp, entropy, c)))
@@ -245,9 +249,11 @@ class TrainerRank:
     def _update(self, step_number: int) -> float:
         """Clip and apply the gradients; they are checked between the two."""
         norm_of = type(self._optimizer).get_grad_norm
+        checked: list[float] = []
 
         def checked_norm() -> float:
             norm = float(norm_of(self._optimizer))  # the same on every rank, so all of them stop here
+            checked.append(norm)
             if not np.isfinite(norm):
                 raise RunError(
                     f"gradient norm = {norm} at step {step_number} (found by {self.groups.name}): must be finite; no weight "
@@ -256,22 +262,26 @@ class TrainerRank:
             return norm
 
         self._optimizer.get_grad_norm = checked_norm
-        _, grad_norm, _ = self._optimizer.step()
-        return grad_norm
+        self._optimizer.step()
+        assert checked, "megatron's optimizer no longer asks for the norm before it steps: adapt _update"
+        return checked[-1]
 
     def _stop_if_not_finite(self, store: _Store, step_number: int | None) -> None:
         """Ranks that found nothing must stop too, or they wait for ever in the next collective."""
-        num = len(store.sequences)
-        code = -1 if store.problem is None else self.groups.rank * 2 * num + store.problem
+        num, world_size = len(store.sequences), self._cfg.layout.world_size
+        code = -1
+        if store.problem is not None:
+            depth, index = store.problem  # the deepest cause has the highest code, whatever the rank
+            code = (depth * world_size + self.groups.rank) * num + index
         found = torch.tensor(code, dtype=torch.int64, device=self.groups.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         if found >= 0:
-            rank, problem = divmod(int(found), 2 * num)
-            what = "log-prob" if problem < num else "loss"
-            where = "while scoring" if step_number is None else f"at step {step_number}"
+            (depth, rank), index = divmod(int(found) // num, world_size), int(found) % num
+            when = "found while scoring" if step_number is None else f"at step {step_number}"
+            unharmed = "" if step_number is None else "no weight was changed; "
             raise RunError(
-                f"sequence {store.sequences[problem % num].uid}: its {what} is not finite {where} on "
-                f"{rank_name(self._cfg.layout, rank)}; no weight was changed; resume from a checkpoint, with a smaller "
+                f"sequence {store.sequences[index].uid}: its {PROBLEMS[depth]} is not finite, {when} on "
+                f"{rank_name(self._cfg.layout, rank)}; {unharmed}resume from a checkpoint, with a smaller "
                 "learning rate where it happens again"
             )
 
@@ -311,6 +321,7 @@ class TrainerRank:
                 parameter.copy_(rank_state["model"][name])
         checkpoint.load_optimizer_state(self._optimizer, rank_state["optimizer"])
         checkpoint.load_generator_state(rank_state["generators"])
+        self.num_steps = step_number
         return step_number, state
 
     def close(self) -> None:
@@ -336,20 +347,25 @@ class _Store:
     sequences_done: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     routing: list[RouterRows] = field(default_factory=list)
     loss: float = 0.0
-    problem: int | None = None
-    """Index of a sequence with a non-finite log-prob, or B + index where its loss alone is not finite."""
+    problem: tuple[int, int] | None = None
+    """The deepest non-finite number: its place in PROBLEMS, and the index of its sequence."""
 
-    def note_problem(self, microbatch: Microbatch, inputs: Inputs, logp: Tensor, loss: Tensor) -> None:
-        """Remember the first non-finite number; the pass goes on, because other ranks are in the middle of it."""
-        if self.problem is not None:
-            return
-        if not torch.isfinite(logp).all():
-            first = int(torch.isfinite(logp).logical_not().nonzero()[0])
-            self.problem = microbatch.rows[int(inputs.row[first])]
-        elif not torch.isfinite(loss):
-            # Log-probs are finite, so an advantage has overflowed it.
+    def note_problems(
+        self, microbatch: Microbatch, inputs: Inputs, logp: Tensor, log_w: Tensor, loss: Tensor
+    ) -> None:
+        """Remember non-finite numbers; the pass goes on, because other ranks are in the middle of it."""
+        if len(bad := _not_finite(logp)):
+            self._note("log-prob", microbatch.rows[inputs.row[bad[0]]])
+        elif len(bad := _not_finite(log_w)):  # a log-prob of another context rank
+            self._note("log W", microbatch.rows[bad[0]])
+        elif len(_not_finite(loss[None])):  # an advantage has overflowed it
             real = [i for i in microbatch.rows if i != DUMMY]
-            self.problem = len(self.sequences) + max(real, key=lambda i: abs(self.sequences[i].advantage))
+            self._note("loss", max(real, key=lambda i: abs(self.sequences[i].advantage)))
+
+    def _note(self, what: str, sequence: int) -> None:
+        depth = PROBLEMS.index(what)
+        if self.problem is None or depth > self.problem[0]:
+            self.problem = depth, sequence
 
     def output(
         self, time_s: dict[str, float], *, grad_norm: float = 0.0, learning_rate: float = 0.0
@@ -459,6 +475,10 @@ def _log_ratio(logp: Tensor, behavior_logp: np.ndarray) -> Tensor:
     """[S] float64, detached: policy - behavior; 0 where there is no behavior (nan)."""
     behavior = torch.from_numpy(behavior_logp).to(logp.device).double()
     return torch.where(behavior.isnan(), 0.0, logp.detach().double() - behavior)
+
+
+def _not_finite(values: Tensor) -> np.ndarray:
+    return np.flatnonzero(~torch.isfinite(values).cpu().numpy())
 
 
 def _known(microbatch: Microbatch, log_w: Tensor) -> tuple[np.ndarray, np.ndarray]:

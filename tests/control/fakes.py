@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,14 +34,15 @@ class FakeEngine:
     def __init__(self, delay_s: float = 0.0) -> None:
         self.version = -1
         self.delay_s = delay_s
-        self.fails_after: int | None = None
+        self.fails_after = math.inf
+        self.fails_on = ""
         self.num_sampled = 0
         self.scored_under: list[int] = []
 
     async def sample(self, prompt: Prompt, num: int) -> tuple[Response, ...]:
         version = self.version
         self.num_sampled += 1
-        if self.fails_after is not None and self.num_sampled > self.fails_after:
+        if self.num_sampled > self.fails_after or (self.fails_on == prompt.uid and self.version > 0):
             raise RunError("engine = dead: prompt waited for it; look at its log")
         await asyncio.sleep(self.delay_s * (self.num_sampled % 3))
         return tuple(self._response(prompt, version, good=bool(i % 2)) for i in range(num))
@@ -85,6 +87,7 @@ class FakeTrainer:
             loss=0.5,
             grad_norm=1.0,
             learning_rate=1e-3,
+            time_s={"optimizer": 0.1},
         )
 
     async def publish(self, version: int) -> SyncReport:
@@ -98,8 +101,10 @@ class FakeTrainer:
 
 class FakeVerifier:
     num_timeouts = 0
+    num_deaths = 0
 
     async def score(self, prompt: Prompt, responses: Sequence[Response]) -> tuple[float, ...]:
+        self.num_timeouts += prompt.uid == "p0"
         return tuple(float(response.text == prompt.answer) for response in responses)
 
 

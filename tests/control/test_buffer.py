@@ -25,7 +25,7 @@ async def run(
     per_step: int, max_staleness: int, delays: list[int], num_steps: int
 ) -> tuple[list[int], list[int]]:
     """Simulate; -> staleness of every group taken, and the admission index in the order of training."""
-    buffer = GroupBuffer(prompts_per_step=per_step, max_staleness=max_staleness, version=0)
+    buffer = GroupBuffer(prompts_per_step=per_step, max_staleness=max_staleness)
     served, admitted = 0, iter(range(10**6))
 
     async def produce() -> None:
@@ -44,7 +44,7 @@ async def run(
         order += [int(g.rollouts[0].prompt.uid) for g in groups]
         await asyncio.sleep(0)
         served = version + 1
-        await buffer.release(served)
+        await buffer.release()
     for producer in producers:
         producer.cancel()
     return staleness, order
@@ -70,7 +70,7 @@ def test_the_bound_is_reached_so_sampling_does_run_ahead():
 
 def test_a_closed_buffer_ends_a_wait_at_once():
     async def scenario() -> list[Group]:
-        buffer = GroupBuffer(prompts_per_step=1, max_staleness=0, version=0)
+        buffer = GroupBuffer(prompts_per_step=1, max_staleness=0)
         waiting = asyncio.create_task(buffer.take())
         await asyncio.sleep(0)
         assert not waiting.done()
@@ -82,7 +82,7 @@ def test_a_closed_buffer_ends_a_wait_at_once():
 
 def test_progress_says_what_is_missing():
     async def scenario() -> str:
-        buffer = GroupBuffer(prompts_per_step=2, max_staleness=1, version=0)
+        buffer = GroupBuffer(prompts_per_step=2, max_staleness=1)
         first = await buffer.admit()
         await buffer.admit()
         await buffer.admit()

@@ -14,7 +14,8 @@ from rich.console import Console
 from megatron_vespo.config import TrainConfig, parse_config, to_toml
 from megatron_vespo.control import loop
 from megatron_vespo.control.buffer import GroupBuffer
-from megatron_vespo.control.observer import Observer, Progress
+from megatron_vespo.control.observer import Observer
+from megatron_vespo.control.progress import Progress
 from megatron_vespo.data.prompts import EpochStream
 from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rundir import RunDirectory
@@ -28,7 +29,7 @@ def config(run_dir: Path, **loop_options) -> TrainConfig:
         "model": "none",
         "prompts": {"train": "none.parquet", "max_prompt_tokens": 8},
         "sampling": {"max_response_tokens": 8},
-        "trainer": {"optimizer": {"learning_rate": 1e-3}},
+        "trainer": {"device": "cpu", "optimizer": {"learning_rate": 1e-3}},
         "loop": {"num_steps": 6, "prompts_per_step": 2, "group_size": 4, "step_timeout_s": 20, **loop_options},
     })  # fmt: skip
 
@@ -37,10 +38,11 @@ class Scenario:
     """A run of the real loop, observer and files on fake collaborators."""
 
     def __init__(self, run_dir: Path, start: Progress | None = None, **loop_options) -> None:
-        start = start or Progress()
+        start = start or Progress(stream="test")
         self.cfg = config(run_dir, **loop_options)
         self.engine = FakeEngine(delay_s=0.002)
         self.trainer = FakeTrainer(self.engine, version=start.version)
+        self.verifier = FakeVerifier()
         self.start = start
         self.path = run_dir
         self.text = io.StringIO()
@@ -49,23 +51,25 @@ class Scenario:
         cfg, start = self.cfg, self.start
         view = LiveView("test", cfg.loop.num_steps, console=Console(file=self.text, width=250))
         with RunDirectory(self.path, to_toml(cfg), resume=start.version > 0) as run, RunLog(run) as log, view:
-            self.observer = Observer(cfg, run, log, view, [prompt(99)], FakeVerifier(), start)
-            asyncio.run(self._run(meanwhile))
+            self.observer = Observer(cfg, run, log, view, [prompt(99)], self.verifier, start)
+            try:
+                asyncio.run(self._run(meanwhile))
+            finally:
+                self.observer.flush()
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
     async def _run(self, meanwhile) -> None:
         prompts = EpochStream(
-            [prompt(i) for i in range(50)], seed=0, shuffle=False, start=self.start.prompts_consumed
+            [prompt(i) for i in range(50)], seed=0, shuffle=False, start=self.start.consumed
         )
         self.buffer = GroupBuffer(
             prompts_per_step=self.cfg.loop.prompts_per_step,
             max_staleness=self.cfg.loop.max_staleness,
-            version=self.start.version,
         )
         if meanwhile:
             background = asyncio.ensure_future(meanwhile(self))
         await loop.train(
-            self.cfg, prompts, self.engine, FakeVerifier(), self.trainer, self.observer, self.buffer
+            self.cfg, prompts, self.engine, self.verifier, self.trainer, self.observer, self.buffer
         )
         if meanwhile:
             await background
@@ -86,7 +90,7 @@ def test_every_step_publishes_its_weights_before_the_next_one(tmp_path):
     assert scenario.trainer.events[:-1] == [
         "publish 0", "step on 0", "publish 1", "step on 1", "publish 2", "step on 2", "publish 3",
     ]  # fmt: skip
-    assert scenario.trainer.events[-1] == "save 3 {'version': 3, 'prompts_consumed': 6}"
+    assert scenario.trainer.events[-1] == "save 3 {'stream': 'test', 'version': 3, 'consumed': 6}"
 
 
 def test_the_batch_is_rescored_under_the_weights_that_are_trained(tmp_path):
@@ -155,9 +159,9 @@ def test_a_trainer_that_hangs_is_named_at_the_deadline(tmp_path):
     with pytest.raises(ExceptionGroup) as caught:
         scenario.run()
     (error,) = caught.value.exceptions
-    assert "step 1: the loop has waited 0 s for 'train'" in str(error) and "loop.step_timeout_s = 0.2" in str(
+    assert "step 1, phase 'train' = not done after 0.2 s" in str(
         error
-    )
+    ) and "loop.step_timeout_s = 0.2" in str(error)
 
 
 def test_rollout_files_hold_what_training_needs(tmp_path):
@@ -169,5 +173,35 @@ def test_rollout_files_hold_what_training_needs(tmp_path):
     assert table[0]["response_ids"] == [5, 6] and len(table[0]["behavior_logp"]) == 2
 
 
-def test_the_log_names_the_verifiers_timeouts(tmp_path):
-    assert Scenario(tmp_path / "run", num_steps=1).run()[1]["verifier/timeouts"] == 0
+def test_the_log_counts_the_verifications_that_timed_out_in_each_step(tmp_path):
+    records = Scenario(tmp_path / "run", num_steps=2).run()
+    assert [record["verifier/timeouts"] for record in records[1:]] == [1, 0]  # p0 is in the first batch
+
+
+def test_a_sample_of_the_batch_can_be_rescored(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=1, rescored_sequences=3)
+    (record,) = scenario.run()[1:]
+    rows = pq.read_table(tmp_path / "run" / "rollouts" / "step_000001.parquet").to_pylist()
+    assert [row["engine_logp"] is not None for row in rows] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert record["mismatch/abs_max_nats"] < 1e-6
+
+
+def test_a_failed_evaluation_leaves_the_finished_step_to_be_written_down(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=9, eval_every=2)
+    scenario.engine.fails_on = "p99"
+    with pytest.raises(ExceptionGroup):
+        scenario.run()
+    assert scenario.observer.progress.version == 2
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [0, 1, 2]

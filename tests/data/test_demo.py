@@ -88,7 +88,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(demo, tmp_pa
     again, other = write_demo_inputs(tmp_path / "a" / "b", seed=0), write_demo_inputs(tmp_path / "c", seed=1)
     assert digests(again) == digests(demo)
     changed = {name for name, digest in digests(other).items() if digest != digests(demo)[name]}
-    data = {"train.parquet", "heldout.parquet", "demonstrations.parquet"}
+    data = {"train.parquet", "train.jsonl", "heldout.parquet", "demonstrations.parquet"}
     assert changed == data | {"model/model.safetensors", "dense_model/model.safetensors"}
     assert [
         path.name for path in tmp_path.iterdir() if path.name.startswith(".")

@@ -149,7 +149,7 @@ def test_a_scored_sequence_has_the_logprobs_of_its_response():
         parse_scored({"meta_info": meta}, [1, 2, 3, 5], 2, FACTS, True, "who")
 
 
-def run(served_model, handlers, work, *, timeout_s=5.0, dead=None, temperature=1.0):
+def run(served_model, handlers, work, *, timeout_s=5.0, dead=None, temperature=1.0, room=256):
     """`work(engine)` against an HTTP server whose /generate takes the next handler, the last one for ever."""
     seen = []
 
@@ -168,7 +168,7 @@ def run(served_model, handlers, work, *, timeout_s=5.0, dead=None, temperature=1
         engine = SGLangEngine(
             f"http://127.0.0.1:{port}",
             served_model,
-            RolloutConfig(request_timeout_s=timeout_s, record_experts=False),
+            RolloutConfig(request_timeout_s=timeout_s, record_experts=False, max_running_requests=room),
             SamplingConfig(max_response_tokens=3, temperature=temperature),
             lambda: dead,
         )
@@ -262,6 +262,28 @@ def test_a_request_without_an_answer_says_who_waited_for_whom(served_model):
         RunError, match=r"/generate = no answer: prompt 'p' waited 0 s .*the server still runs"
     ):
         run(served_model, [never], lambda e: e.sample(PROMPT, 1), timeout_s=0.3)
+
+
+def test_no_more_is_in_flight_than_the_server_runs_and_waiting_for_it_is_not_on_the_clock(served_model):
+    """Room for 3, groups of 2, 2, 5 and 1: one after another, since nobody overtakes; 1.2 s in all."""
+    running, most, order = 0, 0, []
+
+    async def slow(request):
+        nonlocal running, most
+        num = (await request.json())["sampling_params"]["n"]
+        order.append(num)
+        running, most = running + min(num, 3), max(most, running + min(num, 3))
+        await asyncio.sleep(0.3)
+        running -= min(num, 3)
+        return web.json_response([ANSWER] * num)
+
+    async def work(engine):
+        return await asyncio.gather(*(engine.sample(PROMPT, num) for num in (2, 2, 5, 1)))
+
+    responses, _ = run(served_model, [slow], work, timeout_s=0.8, room=3)
+    assert [len(group) for group in responses] == [2, 2, 5, 1]
+    assert most == 3
+    assert order == [2, 2, 5, 1]
 
 
 def test_a_dead_engine_is_reported_with_its_log(served_model, quick):

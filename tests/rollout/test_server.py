@@ -74,7 +74,7 @@ def test_nothing_of_the_cpu_platform_reaches_a_cuda_server(served_model):
 
 def test_verbatim_options_win(served_model):
     options = {
-        "dtype": "bfloat16",
+        "attention-backend": "triton",
         "enable_metrics": True,
         "enable-return-routed-experts": False,
         "grammar_backend": None,
@@ -82,11 +82,37 @@ def test_verbatim_options_win(served_model):
         "json-model-override-args": {"a": 1},
     }
     argv, _ = command(config(sglang=options), served_model, 4567)
-    assert values(argv, "dtype") == ["bfloat16"]
+    assert values(argv, "attention-backend") == ["triton"]
     assert values(argv, "enable-metrics") == []
     assert values(argv, "cuda-graph-bs") == ["1", "2", "4"]
     assert values(argv, "json-model-override-args") == ['{"a": 1}']
     assert not {"--enable-return-routed-experts", "--grammar-backend"} & set(argv)
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("dtype", "set rollout.dtype"),
+        ("model_path", "set model"),
+        ("model", "set model"),
+        ("tp", "set rollout.tensor_parallel"),
+        ("tp-size", "set rollout.tensor_parallel"),
+        ("tensor_parallel_size", "set rollout.tensor_parallel"),
+        ("context-length", "set rollout.context_length"),
+        ("weight-version", "it counts optimizer steps"),
+    ],
+)
+def test_options_that_have_a_field_of_their_own_are_refused(served_model, key, instead):
+    with pytest.raises(
+        ConfigError, match=rf"rollout\.sglang\..*: cannot be overridden, {instead}; take it out"
+    ):
+        command(config(sglang={key: 1}), served_model, 4567)
+
+
+def test_a_bfloat16_server_makes_float32_logits_as_the_trainer_does(served_model):
+    for dtype, wanted in (("bfloat16", True), ("float32", False)):
+        argv, _ = command(config(dtype=dtype), served_model, 4567)
+        assert ("--enable-fp32-lm-head" in argv) is wanted
 
 
 def test_experts_are_recorded_only_where_there_are_some_and_they_are_wanted(tmp_path, served_model):
@@ -151,11 +177,12 @@ def test_a_port_in_use_is_refused(served_model, tmp_path):
 
 
 def test_free_ports_are_free_and_differ():
-    ports = {free_port() for _ in range(20)}
-    assert len(ports) > 15
-    for port in ports:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
+    for host in ("127.0.0.1", "127.0.0.2"):
+        ports = {free_port(host) for _ in range(20)}
+        assert len(ports) > 15
+        for port in ports:
+            with socket.socket() as probe:
+                probe.bind((host, port))
 
 
 def test_death_at_start_quotes_the_log_of_this_start_only(served_model, tmp_path):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import http.server
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from megatron_vespo.rollout.weight_sync import WeightSync, buckets, describe, flatten
+from megatron_vespo.rollout.weight_sync import WeightSync, _Group, buckets, describe, flatten
 from megatron_vespo.types import RunError
 
 
@@ -108,3 +109,39 @@ def test_an_engine_that_is_not_there_is_reported(served_model):
             bucket_bytes=100,
             timeout_s=5,
         )
+
+
+class Stuck:
+    """A communicator that is being made, or an engine that never answers: nothing returns before `released`."""
+
+    def __init__(self, left_s: float) -> None:
+        self.url, self.timeout_s, self.left_s = "http://e", 5.0, left_s
+        self.released = threading.Event()
+        self.asked: list[str] = []
+
+    def post(self, path, payload):
+        self.asked.append(path)
+        if path == "/update_weights_from_distributed":
+            self.released.wait(20)
+
+    def start_deadline(self, timeout_s=None):
+        pass
+
+    def broadcast(self, tensors, options):
+        self.released.wait(20)
+        raise RuntimeError("aborted")
+
+    def abort(self):
+        self.asked.append("abort")
+        self.released.set()
+
+
+def test_a_broadcast_that_blocks_misses_its_deadline_and_is_aborted():
+    stuck = Stuck(left_s=0.3)
+    group = _Group("g", stuck, None, ThreadPoolExecutor(2), "nccl")
+    began = time.monotonic()
+    with pytest.raises(RunError, match="a bucket of 1 tensors was not taken: trainer rank 0 waited 5 s"):
+        group.broadcast(stuck, torch.zeros(1), {"names": ["w"]})
+    assert time.monotonic() - began < 3
+    assert stuck.asked == ["/update_weights_from_distributed", "/destroy_weights_update_group", "abort"]
+    group.threads.shutdown(wait=True)

@@ -160,8 +160,16 @@ class _Worker:
     def save(self, directory, step_number, state) -> None:
         self.trainer.save(directory, step_number, state)
 
+    def num_steps(self) -> int:
+        return self.trainer.num_steps
+
     def load(self, directory):
         return self.trainer.load(directory)
+
+    def megatron_version(self) -> str:
+        import megatron.core
+
+        return megatron.core.__version__
 
     def coordinates(self):
         """This rank's position as megatron's own globals have it."""
@@ -185,6 +193,17 @@ class _Worker:
             for name, parameter in self.trainer.model.named_parameters():
                 if name == "decoder.final_layernorm.weight":
                     parameter.fill_(value)
+
+    def poison_output(self, context: int) -> None:
+        """From now on the last output of the first row is not a number on this context rank."""
+        if self.trainer.groups.at.context == context:
+            self.trainer.model.register_forward_hook(_without_last_output)
+
+
+def _without_last_output(model, inputs, hidden):
+    hidden = hidden.clone()
+    hidden[-1, 0] = float("nan")
+    return hidden
 
 
 class _Gradients:

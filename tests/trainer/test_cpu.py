@@ -47,6 +47,13 @@ def test_the_installed_version_is_one_that_was_run():
     cpu._check_version(version("megatron-core"))
 
 
+def test_the_ranks_import_the_version_that_this_test_run_is_for(pool, tiny_moe, request):
+    expected = request.config.getoption("--expect-megatron-core")
+    if expected is None:
+        pytest.skip("no --expect-megatron-core")
+    assert pool.grid(trainer_config(), tiny_moe).call("megatron_version") == [expected]
+
+
 def test_an_unknown_version_is_refused_by_name():
     with pytest.raises(
         Exception, match=r"megatron-core = 0\.20\.0: the CPU adaptation was made for 0\.16 to 0\.19"

@@ -70,12 +70,12 @@ def test_the_printed_grid_names_layers_and_experts_of_each_rank():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"tensor": 3}, r"layout\.tensor = 3: must divide the 4 attention heads; set tensor to 2"),
-        ({"tensor": 4}, r"layout\.tensor = 4: must divide the 2 key/value heads; set tensor to 2"),
-        ({"pipeline": 3}, r"layout\.pipeline = 3: must divide the 4 layers; set pipeline to 2 or 4"),
-        ({"expert": 3, "data": 3}, r"layout\.expert = 3: must divide the 8 experts"),
-        ({"expert": 4, "data": 2}, r"layout\.expert = 4: must divide the 2 ranks of a pipeline stage; set expert to 2"),
-        ({"expert": 2, "tensor": 2, "expert_tensor": 2}, r"layout\.expert_tensor = 2: expert \* expert_tensor .* set expert_tensor to 1"),
+        ({"tensor": 3}, r"trainer\.layout\.tensor = 3: must divide the 4 attention heads; set tensor to 2"),
+        ({"tensor": 4}, r"trainer\.layout\.tensor = 4: must divide the 2 key/value heads; set tensor to 2"),
+        ({"pipeline": 3}, r"trainer\.layout\.pipeline = 3: must divide the 4 layers; set pipeline to 2 or 4"),
+        ({"expert": 3, "data": 3}, r"trainer\.layout\.expert = 3: must divide the 8 experts"),
+        ({"expert": 4, "data": 2}, r"trainer\.layout\.expert = 4: must divide the 2 ranks of a pipeline stage; set expert to 2"),
+        ({"expert": 2, "tensor": 2, "expert_tensor": 2}, r"trainer\.layout\.expert_tensor = 2: expert \* expert_tensor .* set expert_tensor to 1"),
     ],
     ids=lambda x: str(x)[:40],
 )  # fmt: skip

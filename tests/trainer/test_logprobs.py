@@ -51,6 +51,16 @@ def test_values_and_gradients_are_those_of_full_logits(temperature, chunk_tokens
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
+def test_log_probs_of_bfloat16_weights_are_not_rounded_to_bfloat16():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 1, 64).bfloat16(), torch.randn(50, 64).bfloat16()
+    at, label = torch.arange(6), torch.arange(6) * 9
+    logp, entropy = token_logp(hidden, weight, at, label, head())
+    everything = torch.log_softmax(hidden[:, 0].double() @ weight.double().T, -1)
+    assert (logp - everything[at, label]).abs().max() < 1e-5
+    assert (entropy + (everything.exp() * everything).sum(-1)).abs().max() < 1e-5
+
+
 def test_logits_of_a_hundred_thousand_nats_stay_finite():
     weight = torch.tensor([[1e5], [-1e5]])
     logp, entropy = token_logp(torch.ones(1, 1, 1), weight, torch.tensor([0]), torch.tensor([1]), head())

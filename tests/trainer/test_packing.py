@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vespo.config import LayoutConfig
 from megatron_vespo.trainer.outputs import RankOutput, merge_scores
 from megatron_vespo.trainer.packing import (
     DUMMY,
     Microbatch,
     cut,
     input_numbers,
+    padded_length,
     plan,
     response_offsets,
     zigzag,
@@ -33,7 +35,7 @@ def sequence(num_tokens, num_prompt=1, uid="s", behavior=False):
 def test_two_data_ranks_get_rows_of_equal_shape_longest_first():
     # inputs are one shorter than sequences: 9, 4, 7, 2, 5 -> sorted 9 7 | 5 4 | 2
     batch = [sequence(n) for n in (10, 5, 8, 3, 6)]
-    assert plan(batch, data_ranks=2, max_tokens=10, multiple=2) == [
+    assert plan(batch, LayoutConfig(data=2, tensor=2), max_tokens=10) == [
         [Microbatch((0,), 10), Microbatch((4,), 6), Microbatch((3,), 2)],
         [Microbatch((2,), 10), Microbatch((1,), 6), Microbatch((DUMMY,), 2)],
     ]
@@ -50,7 +52,7 @@ def test_every_sequence_is_in_exactly_one_row_and_within_the_budget(
     lengths, data_ranks, multiple, max_tokens
 ):
     batch = [sequence(n) for n in lengths]
-    ranks = plan(batch, data_ranks=data_ranks, max_tokens=max_tokens, multiple=multiple)
+    ranks = plan(batch, LayoutConfig(data=data_ranks, tensor=multiple), max_tokens=max_tokens)
     assert (
         len({tuple((mb.length, len(mb.rows)) for mb in rank) for rank in ranks}) == 1
     )  # the same shapes on all
@@ -61,9 +63,15 @@ def test_every_sequence_is_in_exactly_one_row_and_within_the_budget(
     assert rows == list(range(len(lengths)))
 
 
+def test_inputs_are_padded_to_what_the_tensor_and_context_axes_divide():
+    # 10 tokens are 9 inputs; context ranks hold two chunks each
+    axes = ({}, {"tensor": 2}, {"context": 2}, {"tensor": 2, "context": 2}, {"data": 4, "pipeline": 4})
+    assert [padded_length(10, LayoutConfig(**a)) for a in axes] == [9, 10, 12, 16, 9]
+
+
 def test_a_sequence_longer_than_the_budget_is_named():
     with pytest.raises(RunError, match=r"sequence long: 12 padded tokens exceed .* = 8"):
-        plan([sequence(10, uid="long")], data_ranks=1, max_tokens=8, multiple=4)
+        plan([sequence(10, uid="long")], LayoutConfig(tensor=4), max_tokens=8)
 
 
 def test_zigzag_gives_each_context_rank_an_early_and_a_late_chunk():
@@ -90,7 +98,7 @@ def test_a_row_predicts_its_response_tokens_and_nothing_else():
 )
 def test_context_ranks_together_predict_every_response_token_once(sizes, context):
     batch = [sequence(n, num_prompt=min(p, n - 1)) for n, p in sizes]
-    (microbatches,) = plan(batch, data_ranks=1, max_tokens=64, multiple=2 * context)
+    (microbatches,) = plan(batch, LayoutConfig(context=context), max_tokens=64)
     numbers, labels = [], []
     for mb in microbatches:
         for rank in range(context):

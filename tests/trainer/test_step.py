@@ -28,6 +28,9 @@ LAYOUTS = [
     {"tensor": 2, "context": 2},
     {"tensor": 2, "pipeline": 2, "expert": 2},
     {"pipeline": 4},
+    {"data": 4, "expert": 2},
+    {"tensor": 2, "data": 2, "expert": 2},
+    {"context": 2, "data": 2, "expert": 2},
 ]
 
 
@@ -67,7 +70,14 @@ def test_every_layout_gives_the_gradients_and_numbers_of_one_rank(pool, tiny_moe
 
 
 @pytest.mark.parametrize(
-    "axes", [{"data": 2, "expert": 2}, {"tensor": 2, "pipeline": 2, "expert": 2}, {"context": 2}], ids=str
+    "axes",
+    [
+        {"data": 2, "expert": 2},
+        {"tensor": 2, "pipeline": 2, "expert": 2},
+        {"context": 2},
+        {"data": 4, "expert": 2},
+    ],
+    ids=str,
 )
 def test_the_distributed_optimizer_takes_the_same_step(pool, tiny_moe, batch, one_rank, axes):
     _, step, weights = one_rank
@@ -228,11 +238,12 @@ def test_a_non_finite_log_prob_names_sequence_step_and_rank_and_changes_no_weigh
     grid.call("poison", float("nan"))
     with pytest.raises(
         RunError,
-        match=r"sequence prompt-\d: its log-prob is not finite at step 7 on rank \d \(tp \d, pp 1, ep \d\)",
+        match=r"sequence prompt-\d: its log-prob is not finite, at step 7 on rank \d \(tp \d, pp 1, ep \d\)",
     ):
         grid.step(batch, 7)
-    with pytest.raises(RunError, match="its log-prob is not finite while scoring"):
+    with pytest.raises(RunError, match="its log-prob is not finite, found while scoring") as scoring:
         grid.score(batch)
+    assert "no weight was changed" not in str(scoring.value)
     grid.call("poison", 1.0)  # what the tiny model has there
     assert largest_gap(grid.weights(), before) == 0.0
     assert np.isfinite(grid.step(batch, 8).loss)  # the ranks are still in step with one another
@@ -241,18 +252,54 @@ def test_a_non_finite_log_prob_names_sequence_step_and_rank_and_changes_no_weigh
 @pytest.mark.parametrize(
     ("advantage", "message"),
     [
-        (1e308, r"sequence prompt-\d: its loss is not finite at step 3"),
+        (1e308, r"sequence prompt-\d: its loss is not finite, at step 3"),
         (1e150, "gradient norm = (inf|nan) at step 3"),
     ],
 )
+@pytest.mark.parametrize(("kind", "axes"), [("tiny_moe", {"data": 2, "expert": 2}), ("tiny_dense", {})])
 def test_overflow_of_the_loss_or_of_the_gradient_stops_before_the_update(
-    pool, tiny_moe, batch, advantage, message
+    pool, request, batch, kind, axes, advantage, message
 ):
-    grid = pool.grid(trainer_config(data=2, expert=2), tiny_moe)
+    grid = pool.grid(trainer_config(**axes), request.getfixturevalue(kind))
     before = grid.weights()
     with pytest.raises(RunError, match=message):
         grid.step([replace(s, advantage=advantage) for s in batch], 3)
     assert largest_gap(grid.weights(), before) == 0.0
+    assert set(grid.call("num_steps")) == {0}
+
+
+def test_the_rank_with_the_log_prob_is_named_and_not_one_that_sees_only_its_sequence(pool, tiny_moe):
+    """The last of 8 inputs is the first context rank's; the second one sees it through log W, without its token."""
+    long, short = make_batch(2, behavior_noise=0.05)
+    long = replace(
+        long,
+        token_ids=np.arange(9, dtype=np.int32),
+        num_prompt_tokens=3,
+        advantage=0.5,
+        behavior_logp=np.full(6, -5.0, np.float32),
+    )
+    short = replace(
+        short,
+        token_ids=np.arange(6, dtype=np.int32),
+        num_prompt_tokens=3,
+        advantage=-2.0,
+        behavior_logp=np.full(3, -5.0, np.float32),
+    )
+    grid = pool.grid(trainer_config(context=2), tiny_moe, algorithm=VESPO)
+    grid.call("poison_output", 0)
+    with pytest.raises(
+        RunError, match=r"sequence prompt-0: its log-prob is not finite, at step 3 on rank 0 \(cp 0\)"
+    ):
+        grid.step([long, short], 3)
+
+
+def test_optimizer_steps_are_counted(pool, tiny_dense, batch):
+    grid = pool.grid(trainer_config(data=2), tiny_dense)
+    counts = [grid.call("num_steps")]
+    for i in range(2):
+        grid.step(batch, i)
+        counts.append(grid.call("num_steps"))
+    assert counts == [[0, 0], [1, 1], [2, 2]]
 
 
 @pytest.mark.parametrize(
@@ -282,16 +329,33 @@ def test_a_broken_sequence_is_named(pool, tiny_moe, change, message):
             "unknown field 'trainer.megatron.moe_router_topkk': did you mean 'moe_router_topk'",
         ),
         ({"moe_aux_loss_coeff": 0.1}, "trainer.megatron.moe_aux_loss_coeff: cannot be overridden"),
+        ({"tensor_model_parallel_size": 2}, "cannot be overridden, set trainer.layout.tensor; take it out"),
+        ({"params_dtype": "bfloat16"}, "trainer.megatron.params_dtype: cannot be overridden"),
+        ({"kv_channels": 8}, "trainer.megatron.kv_channels: cannot be overridden"),
+        ({"moe_router_dtype": "fp64"}, "trainer.megatron.moe_router_dtype: cannot be overridden"),
     ],
     ids=str,
 )
-def test_unknown_or_owned_megatron_fields_are_refused(pool, tiny_moe, override, message):
+def test_unknown_or_owned_megatron_fields_are_refused_before_anything_starts(override, message):
+    from megatron_vespo.trainer.model import check_overrides
+
     with pytest.raises(ConfigError, match=message):
-        pool.grid(trainer_config().model_copy(update={"megatron": override}), tiny_moe)
+        check_overrides(trainer_config().model_copy(update={"megatron": override}))
+
+
+def test_every_field_that_the_trainer_sets_is_refused_or_a_performance_switch(tiny_moe):
+    from megatron_vespo.trainer import model
+    from megatron_vespo.trainer.hf_config import read_model_shape
+
+    cfg, shape = trainer_config(), read_model_shape(tiny_moe)
+    for name in model._model_fields(shape) | model._numeric_fields(cfg) | model._layout_fields(cfg):
+        with pytest.raises(ConfigError, match="cannot be overridden"):
+            model.check_overrides(cfg.model_copy(update={"megatron": {name: None}}))
+    model.check_overrides(cfg.model_copy(update={"megatron": model._switches(cfg, shape)}))
 
 
 def test_a_megatron_field_reaches_the_model(pool, tiny_moe, batch, one_rank):
-    cfg = trainer_config().model_copy(update={"megatron": {"layernorm_epsilon": 0.1}})
+    cfg = trainer_config().model_copy(update={"megatron": {"moe_router_topk_scaling_factor": 2.0}})
     assert abs(pool.grid(cfg, tiny_moe, algorithm=VESPO).step(batch).loss - one_rank[1].loss) > 1e-4
 
 

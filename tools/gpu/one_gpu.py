@@ -40,6 +40,8 @@ def write_cut_model(num_layers: int) -> None:
     with torch.device("cuda"):
         model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(ROOT / "model")
+    del model
+    torch.cuda.empty_cache()  # the run that follows has the whole GPU
     demo = write_demo_inputs(ROOT / "inputs", seed=0) / "model"
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(demo / file, ROOT / "model" / file)

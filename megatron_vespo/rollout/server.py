@@ -118,8 +118,8 @@ def free_port(host: str = HOST) -> int:
 class Server:
     """A running SGLang server; `async with Server(...)` starts it and ends it with all its children.
 
-    It never outlives this process, not even when that is killed: the kernel then kills the server, whose own
-    children die with it.  Start it from a thread that lives as long as the server is wanted.
+    It never outlives this process, not even when that is killed: `tether.py` then ends the whole process group.
+    Start it from a thread that lives as long as the server is wanted.
     """
 
     def __init__(

@@ -50,7 +50,8 @@ def test_no_heldout_prompt_is_trained_on(demo):
 def test_the_jsonl_file_holds_the_same_prompts(demo, tokenizer):
     parquet, jsonl = (demo / f"train.{suffix}" for suffix in ("parquet", "jsonl"))
     first, second = (
-        load_prompts(path, tokenizer, PromptsConfig(train=path, max_prompt_tokens=14)) for path in (parquet, jsonl)
+        load_prompts(path, tokenizer, PromptsConfig(train=path, max_prompt_tokens=14))
+        for path in (parquet, jsonl)
     )
     assert [(p.uid, p.text, p.answer) for p in first] == [(p.uid, p.text, p.answer) for p in second]
 

@@ -219,16 +219,16 @@ def test_a_server_deaf_to_sigterm_is_killed_with_its_children(served_model, tmp_
     asyncio.run(server.stop())  # a second time does nothing
 
 
-def test_the_server_dies_with_its_parent_even_if_that_is_killed(tmp_path):
+def test_the_server_and_all_its_children_die_with_its_parent_even_if_that_is_killed(tmp_path):
     code = (
         "import os, sys, time; from pathlib import Path\n"
         "from megatron_vespo.config import RolloutConfig; from megatron_vespo.rollout.server import Server\n"
         f"server = Server(RolloutConfig(), Path('.'), Path({str(tmp_path / 'log')!r}))\n"
-        "server._spawn(('/bin/sleep', '100'), dict(os.environ)); print(server.pid, flush=True); time.sleep(100)\n"
+        "server._spawn(('/bin/sh', '-c', 'sleep 100 & sleep 100; :'), dict(os.environ)); print(server.pid, flush=True); time.sleep(100)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
         pid = int(parent.stdout.readline())
-        wait_until(lambda: _living_members(pid), within_s=10)
+        wait_until(lambda: len(_living_members(pid)) == 4, within_s=10)  # tether, shell, and its two children
         parent.send_signal(signal.SIGKILL)
     wait_until(lambda: not _living_members(pid), within_s=10)
 

@@ -103,7 +103,7 @@ class TrainerConfig(_Section):
     placement_timeout_s: Seconds = 600
     """Longest wait for the cluster to have room for all ranks."""
     megatron: dict[str, Any] = {}
-    """Verbatim fields of Megatron-Core's TransformerConfig; they win over ours."""
+    """Verbatim fields of Megatron-Core's TransformerConfig; what the layout, the model or the loss decides is refused."""
 
     @model_validator(mode="after")
     def _gloo_gathers_even_shards(self) -> TrainerConfig:
@@ -140,7 +140,7 @@ class RolloutConfig(_Section):
     canary_tolerance: PositiveFloat = 0.5
     """Largest |trainer logp - engine logp| on the canary that confirms a weight push, nats."""
     sglang: dict[str, Any] = {}
-    """Verbatim `sglang.launch_server` options, without the leading dashes; they win over ours."""
+    """Verbatim `sglang.launch_server` options, without the leading dashes; what a field above decides is refused."""
 
 
 class SamplingConfig(_Section):

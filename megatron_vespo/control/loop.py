@@ -42,20 +42,19 @@ async def train(
         ]
         while version < cfg.loop.num_steps:
             clock = StepClock(version + 1, cfg.loop.step_timeout_s, "loop.step_timeout_s")
-            groups = await clock.lap(
-                "wait", buffer.take(), buffer.progress
-            )  # 1. y ~ mu with its A, oldest first
+            # 1. y ~ mu with its advantages, the oldest P groups
+            groups = await clock.lap("wait", buffer.take(), buffer.progress)
             if not groups:
                 break
             batch = [to_train_sequence(rollout) for group in groups for rollout in group.rollouts]
-            rescoring = tasks.create_task(
-                rescore(batch, engine, cfg.loop.rescored_sequences)
-            )  # log mu_v, meanwhile
-            output = await clock.lap("train", trainer.step(batch))  # 2. ascend E[ phi(W) A grad log pi_v ]
+            # 2. log mu_v of the same tokens, beside the step on version v: ascend E[ phi(W) A grad log pi_v ]
+            rescoring = tasks.create_task(rescore(batch, engine, cfg.loop.rescored_sequences))
+            output = await clock.lap("train", trainer.step(batch))
             rescored = await clock.lap("score", rescoring)
+            # 3. mu <- pi, then admit as many new prompts
             version += 1
-            sync = await clock.lap("sync", trainer.publish(version))  # 3. mu <- pi
-            await buffer.release()  # 4. admit as many new prompts
+            sync = await clock.lap("sync", trainer.publish(version))
+            await buffer.release()
             await observer.step(groups, output, rescored, sync)
             if observer.evaluation_is_due:
                 scores = evaluate(observer.heldout, engine, verifier, cfg.loop.eval_samples)

@@ -1,0 +1,1 @@
+"""Prompts, demonstrations and verifiers; the demo's inputs."""

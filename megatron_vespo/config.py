@@ -252,7 +252,11 @@ class TrainConfig(_RunConfig):
     @model_validator(mode="after")
     def _gpus_are_not_shared_by_accident(self) -> TrainConfig:
         both = self.trainer.device == self.rollout.device == "cuda" and self.trainer.ray_address == "local"
-        if both and self.rollout.sync_backend != "gloo" and "base_gpu_id" not in self.rollout.sglang:
+        if (
+            both
+            and self.rollout.sync_backend != "gloo"
+            and not self.rollout.sglang.keys() & {"base_gpu_id", "base-gpu-id"}
+        ):
             ranks = self.trainer.layout.world_size
             raise ValueError(
                 f"rollout.sglang.base_gpu_id is not set: the trainer takes the first {ranks} GPU(s) of this machine and "

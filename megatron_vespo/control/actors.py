@@ -134,6 +134,7 @@ class TrainerGroup:
         self._logs = logs.resolve()
         self._records_experts = records_experts
         self._actors: list[Any] = []
+        self._a_rank_failed = False
 
     async def __aenter__(self) -> TrainerGroup:
         cfg = self._spec.cfg
@@ -206,8 +207,11 @@ class TrainerGroup:
     async def save(self, version: int, state: Mapping[str, Any]) -> None:
         """A checkpoint named after `version`; older ones beyond the configured number are deleted."""
         await self._all("save", self._checkpoint(version), version, dict(state))
-        await asyncio.to_thread(prune, self._checkpoints, self._spec.cfg.keep_checkpoints)
         self.saved_version = version
+        try:
+            await asyncio.to_thread(prune, self._checkpoints, self._spec.cfg.keep_checkpoints)
+        except OSError as err:  # the new checkpoint is what counts
+            logger.warning("old checkpoints in %s could not be deleted: %s", self._checkpoints, err)
 
     async def load(self, version: int) -> None:
         """Continue from the checkpoint of `version`."""
@@ -222,10 +226,15 @@ class TrainerGroup:
         """Optimizer steps in every rank's weights.
 
         Raises:
-            RunError: a rank does not answer within seconds: it hangs in a collective that another one left.
+            RunError: a rank does not answer.  After the failure of a rank the others may hang in a collective that
+                it left, and are given seconds; otherwise the step in progress may end.
         """
         calls = [actor.num_steps.remote() for actor in self._actors]
-        return await self._gather("num_steps", calls, _SETTLE_S, "the seconds given to settle")
+        if self._a_rank_failed:
+            return await self._gather(
+                "num_steps", calls, _SETTLE_S, "the seconds given to ranks after a failure"
+            )
+        return await self._gather("num_steps", calls)
 
     async def _all(self, method: str, *args: Any) -> list[Any]:
         """One call on every rank, all at once."""
@@ -262,6 +271,7 @@ class TrainerGroup:
                 if task in done and (error := task.exception()) is not None
             }
             if failures:
+                self._a_rank_failed = True
                 rank = min(failures, key=lambda rank: _remoteness(failures[rank]))
                 raise self._explain(failures[rank], rank) from failures[rank]
             return [task.result() for task in tasks]

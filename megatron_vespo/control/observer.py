@@ -78,8 +78,8 @@ class Observer:
     def flush(self) -> None:
         """Write down what is known of the current version, if anything is."""
         if self._pending.keys() - {"time/save_s"}:
-            self._view.step(self._log.log(self.progress.version, self._pending))
-            self._pending = {}
+            metrics, self._pending = self._pending, {}
+            self._view.step(self._log.log(self.progress.version, metrics))
 
     @property
     def first_evaluation_is_due(self) -> bool:

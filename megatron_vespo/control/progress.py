@@ -76,8 +76,9 @@ async def rescue(
                 f"steps after {trainer.saved_version} are not saved: ranks are at versions {sorted(versions)}"
             )
             return
-        extra = versions.pop() - progress.version
+        extra, before = versions.pop() - progress.version, trainer.saved_version
         await keep(trainer, progress.after(extra, extra * items_per_step))
-        tell(f"saved after the failure: checkpoint of version {trainer.saved_version}")
-    except RunError as err:
+        if trainer.saved_version > before:
+            tell(f"saved after the failure: checkpoint of version {trainer.saved_version}")
+    except (RunError, OSError) as err:
         tell(f"steps after {trainer.saved_version} are not saved: {err}")

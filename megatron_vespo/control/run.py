@@ -115,8 +115,9 @@ async def _train(plan: TrainPlan, start: Progress, desk: Desk, stop: session.Sto
         try:
             await loop.train(cfg, prompts, engine, verifier, trainer, observer, buffer)
         except Exception as error:
-            observer.flush()
             await rescue(trainer, observer.progress, cfg.loop.prompts_per_step, desk.tell)
+            with contextlib.suppress(RunError, OSError):  # the failure is the news
+                observer.flush()
             if report := server.death_report():  # whatever else failed, failed because of it
                 raise RunError(
                     f"engine {server.url} = dead: the run cannot go on without it; it {report}"
@@ -197,19 +198,24 @@ def _desk(
     cfg: TrainConfig | SftConfig, start: Progress, view: LiveView, report: Report, *, resume: bool
 ) -> Iterator[Desk]:
     """The open run directory; what a resume replaces is set aside, and a report is written however the run ends."""
-    with RunDirectory(cfg.run_dir, to_toml(cfg), resume=resume) as run:
-        if run.resumed:
-            run.rewind(start.version if start.version else -1)
-        try:
-            with (
-                RunLog(run, cfg.wandb_project) as log,
-                view,
-                session.logging_to(run.logs / "driver.log", view.event),
-            ):
+    run = RunDirectory(cfg.run_dir, to_toml(cfg), resume=resume)  # what it refuses is left as it is
+    try:
+        with run:
+            if run.resumed:
+                run.rewind(start.version if start.version else -1)
+            logs = session.logging_to(run.logs / "driver.log", view.event)
+            with RunLog(run, cfg.wandb_project) as log, view, logs:
                 yield Desk(run, log, view)
-        finally:
-            with contextlib.suppress(ConfigError):  # nothing was logged: there is nothing to explain
-                view.event(f"report: {report(run.path)}")
+    finally:
+        _explain(run.path, report, view)
+
+
+def _explain(path: Path, report: Report, view: LiveView) -> None:
+    """Write the report of a run that is over; a report that fails must not hide how the run ended."""
+    try:
+        view.event(f"report: {report(path)}")
+    except (ConfigError, RunError, OSError, ValueError, KeyError) as err:
+        view.event(f"no report: {err}")
 
 
 @contextlib.asynccontextmanager

@@ -61,8 +61,11 @@ def run(main: Callable[[Stop], Awaitable[T]], tell: Callable[[str], None]) -> T:
     except Interrupted:
         raise
     except Exception as error:
-        logger.exception("the run failed")
-        raise _cause(error) from error
+        logger.info("the run failed", exc_info=True)  # to the log file; the person gets the message
+        cause = _cause(error)
+        if cause is error:
+            raise
+        raise cause from error
 
 
 def _cause(error: Exception) -> BaseException:

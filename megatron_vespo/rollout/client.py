@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 RETRY_AFTER_S = 0.5
 DEATH_SHOWS_WITHIN_S = 5.0
-PREFIXES_PER_REQUEST = 256
+PREFIXES_PER_REQUEST = 32
+SCORING_SHARE = 4
+"""One in so many of the server's places is kept for scoring, which would otherwise wait for the longest response."""
 
 
 class SGLangEngine:
@@ -63,7 +65,9 @@ class SGLangEngine:
         self._facts = read_facts(model)
         self._record_experts = rollout.record_experts and self._facts.is_moe
         self._timeout_s = rollout.request_timeout_s
-        self._slots = _Slots(rollout.max_running_requests)
+        scoring = max(1, rollout.max_running_requests // SCORING_SHARE)
+        self._sampling_slots = _Slots(max(1, rollout.max_running_requests - scoring))
+        self._scoring_slots = _Slots(scoring)
         self._sampling = sampling
         self._death_report = death_report
         self._session: aiohttp.ClientSession | None = None
@@ -88,7 +92,7 @@ class SGLangEngine:
             "return_logprob": True,
             "return_routed_experts": self._record_experts,
         }
-        answers = await self._generate(request, num, who)
+        answers = await self._generate(request, num, self._sampling_slots, who)
         return tuple(self._response(answer, prompt, f"{self.url}, {who}") for answer in answers)
 
     async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
@@ -132,7 +136,7 @@ class SGLangEngine:
             "logprob_start_len": 0,  # also keeps cached prefixes out: every row is computed now
             "return_routed_experts": self._record_experts,
         }
-        (answer,) = await self._generate(request, 1, who)
+        (answer,) = await self._generate(request, 1, self._scoring_slots, who)
         num_prompt, where = sequence.num_prompt_tokens, f"{self.url}, {who}"
         scored = parse_scored(answer, ids, num_prompt, self._facts, self._record_experts, where)
         if self._sampling.temperature == 1.0:
@@ -152,7 +156,9 @@ class SGLangEngine:
                 "return_logprob": True,
                 "token_ids_logprob": [[ids[end]] for end in ends],
             }
-            for end, answer in zip(ends, await self._generate(request, len(ends), who), strict=True):
+            for end, answer in zip(
+                ends, await self._generate(request, len(ends), self._scoring_slots, who), strict=True
+            ):
                 meta = answer["meta_info"]
                 ((value, token_id, *_),) = meta["output_token_ids_logprobs"][0]
                 _check(token_id == ids[end], where, f"log-prob of token {token_id}", f"of token {ids[end]}")
@@ -162,9 +168,11 @@ class SGLangEngine:
                 logp.append(value)
         return _floats(logp, len(ids) - num_prompt, where)
 
-    async def _generate(self, request: dict[str, Any], num: int, who: str) -> list[dict[str, Any]]:
+    async def _generate(
+        self, request: dict[str, Any], num: int, slots: _Slots, who: str
+    ) -> list[dict[str, Any]]:
         """POST /generate for `num` sequences as soon as the server has room for them."""
-        async with self._slots.hold(num):
+        async with slots.hold(num):
             return await self._generate_now(request, num, who)
 
     async def _generate_now(self, request: dict[str, Any], num: int, who: str) -> list[dict[str, Any]]:

@@ -285,7 +285,7 @@ def sglang_version(python: str, environment: Mapping[str, str]) -> tuple[int, ..
         asked = subprocess.run(
             [python, "-c", code], env=dict(environment), capture_output=True, text=True, timeout=60
         )
-    except OSError as err:
+    except (OSError, subprocess.TimeoutExpired) as err:
         raise ConfigError(
             f"rollout.python = '{python}': cannot be run ({err}); give a Python interpreter"
         ) from err

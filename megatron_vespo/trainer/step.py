@@ -50,7 +50,6 @@ class TrainerRank:
         temperature: log-probs are those of softmax(logits / temperature), as the engine samples.
     """
 
-    num_steps: int
     """Optimizer steps that the weights have behind them, those before a checkpoint included."""
 
     def __init__(
@@ -73,7 +72,7 @@ class TrainerRank:
         self.shape = read_model_shape(model)
         check_layout(cfg.layout, self.shape)
         self._cfg, self._source, self._algorithm = cfg, model, algorithm
-        self.num_steps = 0
+        self._num_steps, self._torn = 0, False
         self.groups = init_process_groups(
             cfg.layout, place, device=cfg.device, timeout_s=cfg.collective_timeout_s
         )
@@ -117,7 +116,7 @@ class TrainerRank:
         computed = time.perf_counter()
         learning_rate = _set_learning_rate(self._optimizer, self._cfg.optimizer, step_number)
         grad_norm = self._update(step_number)
-        self.num_steps += 1
+        self._num_steps += 1
         time_s = {"forward_backward": computed - started, "optimizer": time.perf_counter() - computed}
         return store.output(time_s, grad_norm=grad_norm, learning_rate=learning_rate)
 
@@ -133,6 +132,20 @@ class TrainerRank:
         started = time.perf_counter()
         store = self._run(sequences, None, train=False, capture_experts=capture_experts)
         return store.output({"forward": time.perf_counter() - started})
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps in the weights.
+
+        Raises:
+            RunError: an update failed half-way (out of memory, say): these weights are of no step.
+        """
+        if self._torn:
+            raise RunError(
+                f"weights of {self.groups.name} = half updated by step {self._num_steps}: of no use; "
+                "resume from a checkpoint"
+            )
+        return self._num_steps
 
     def _run(
         self,
@@ -259,10 +272,12 @@ class TrainerRank:
                     f"gradient norm = {norm} at step {step_number} (found by {self.groups.name}): must be finite; no weight "
                     "was changed; resume from a checkpoint with a smaller learning rate"
                 )
+            self._torn = True
             return norm
 
         self._optimizer.get_grad_norm = checked_norm
         self._optimizer.step()
+        self._torn = False
         assert checked, "megatron's optimizer no longer asks for the norm before it steps: adapt _update"
         return checked[-1]
 
@@ -321,7 +336,7 @@ class TrainerRank:
                 parameter.copy_(rank_state["model"][name])
         checkpoint.load_optimizer_state(self._optimizer, rank_state["optimizer"])
         checkpoint.load_generator_state(rank_state["generators"])
-        self.num_steps = step_number
+        self._num_steps = step_number
         return step_number, state
 
     def close(self) -> None:

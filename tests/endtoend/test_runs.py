@@ -154,9 +154,9 @@ def test_ctrl_c_ends_after_the_step_and_keeps_what_was_done(place, start):
     assert run.wait() == 130, run.text
     run.expect_no_process_left()
     steps = [record["step"] for record in read_metrics(place / "rl" / "metrics.jsonl")]
-    assert f"stopped after step {steps[-1]} of 500, whose checkpoint is saved" in run.text
+    assert f"stopped after step {steps[-1]} of 500: the checkpoint of step {steps[-1]} is saved" in run.text
     assert (place / "rl" / "checkpoints" / f"step_{steps[-1]:06d}" / "manifest.json").exists()
-    assert (place / "rl" / "report.html").exists()
+    assert "stopped early" in (place / "rl" / "report.html").read_text()
 
 
 def test_resuming_goes_on_to_the_end(place, start):
@@ -168,6 +168,7 @@ def test_resuming_goes_on_to_the_end(place, start):
     records = read_metrics(place / "rl" / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(done + 3))
     AutoModelForCausalLM.from_pretrained(place / "rl" / "final")
+    assert "complete, step" in (place / "rl" / "report.html").read_text()
 
 
 def test_both_engines_agree_on_every_token_and_expert_of_the_run(place):

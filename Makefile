@@ -40,7 +40,7 @@ demo-dense: setup
 OTHER_MEGATRON := .compat/megatron-core-0.19.2
 test: setup $(OTHER_MEGATRON)/.ready
 	$(BIN)/python -m pytest
-	PYTHONPATH=$(OTHER_MEGATRON) $(BIN)/python -m pytest tests/trainer --expect-megatron-core 0.19.2
+	PYTHONPATH=$(CURDIR)/$(OTHER_MEGATRON) $(BIN)/python -m pytest tests/trainer --expect-megatron-core 0.19.2
 
 $(OTHER_MEGATRON)/.ready: | setup
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --ignore-requires-python \

@@ -323,6 +323,7 @@ def _cpu_options(cfg: RolloutConfig) -> dict[str, Any]:
         "attention-backend": "torch_native",
         "sampling-backend": "pytorch",
         "grammar-backend": "none",
+        "sleep-on-idle": True,  # an idle scheduler otherwise spins on a core that the trainer needs
         "mem-fraction-static": 0.5,
         "max-total-tokens": max(
             cfg.context_length + 2 * CONTEXT_SLACK,

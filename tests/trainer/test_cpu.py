@@ -51,7 +51,8 @@ def test_the_ranks_import_the_version_that_this_test_run_is_for(pool, tiny_moe, 
     expected = request.config.getoption("--expect-megatron-core")
     if expected is None:
         pytest.skip("no --expect-megatron-core")
-    assert pool.grid(trainer_config(), tiny_moe).call("megatron_version") == [expected]
+    (found,) = pool.grid(trainer_config(), tiny_moe).call("megatron_version")
+    assert found.partition("+")[0] == expected  # 0.19.2 calls itself 0.19.2+740a9d3
 
 
 def test_an_unknown_version_is_refused_by_name():

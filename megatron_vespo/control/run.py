@@ -97,13 +97,11 @@ async def _train(plan: TrainPlan, start: Progress, desk: Desk, stop: session.Sto
         server = Server(
             cfg.rollout, cfg.model, desk.run.logs / "sglang.log", seed=cfg.seed, progress=desk.tell
         )
-        ranks = _trainer(cfg, cfg.algorithm, cfg.sampling.temperature, desk.run, records=plan.records_experts)
+        ranks = _trainer(cfg, cfg.algorithm, desk.run, start, records=plan.records_experts)
         async with asyncio.TaskGroup() as starting:
             ready = starting.create_task(stack.enter_async_context(ranks))
             starting.create_task(stack.enter_async_context(server))
         trainer = ready.result()
-        if start.version:
-            await trainer.load(start.version)
         engine = await stack.enter_async_context(_engine(cfg, server))
         verifier = stack.enter_context(contextlib.closing(_verifier(cfg)))
         await trainer.connect(engine, server.url, cfg.rollout, plan.canary)
@@ -135,9 +133,7 @@ async def _finetune(
 ) -> None:
     """Supervised fine-tuning: REINFORCE on demonstrations, whose coefficient and advantage are 1."""
     desk.tell("starting the trainer's ranks")
-    async with _trainer(cfg, AlgorithmConfig(name="reinforce"), 1.0, desk.run, records=False) as trainer:
-        if progress.version:
-            await trainer.load(progress.version)
+    async with _trainer(cfg, AlgorithmConfig(name="reinforce"), desk.run, progress, records=False) as trainer:
         stop.gently = lambda: None  # looked at between steps
         try:
             while progress.version < cfg.num_steps and not stop.requested:
@@ -222,8 +218,8 @@ def _explain(path: Path, report: Report, view: LiveView) -> None:
 async def _trainer(
     cfg: TrainConfig | SftConfig,
     algorithm: AlgorithmConfig,
-    temperature: float,
     run: RunDirectory,
+    start: Progress,
     *,
     records: bool,
 ) -> AsyncIterator[TrainerGroup]:
@@ -231,10 +227,12 @@ async def _trainer(
         cfg=cfg.trainer,
         model=cfg.model.resolve(),
         algorithm=algorithm,
-        temperature=temperature,
+        temperature=cfg.sampling.temperature if isinstance(cfg, TrainConfig) else 1.0,
         seed=cfg.seed,
     )
     async with TrainerGroup(spec, run.checkpoints, run.logs, records_experts=records) as trainer:
+        if start.version:
+            await trainer.load(start.version)
         yield trainer
 
 

@@ -50,8 +50,6 @@ class TrainerRank:
         temperature: log-probs are those of softmax(logits / temperature), as the engine samples.
     """
 
-    """Optimizer steps that the weights have behind them, those before a checkpoint included."""
-
     def __init__(
         self,
         cfg: TrainerConfig,

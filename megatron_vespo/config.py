@@ -38,6 +38,12 @@ class LayoutConfig(_Section):
     tensor: Positive = 1
     context: Positive = 1
     pipeline: Positive = 1
+    virtual_pipeline: Positive = 1
+    """Model chunks of each pipeline rank, scheduled interleaved (1F1B): smaller bubble, more messages."""
+    first_stage_layers: Positive | None = None
+    """Layers of the first pipeline stage, where stages are to be uneven (the embedding weighs on it)."""
+    last_stage_layers: Positive | None = None
+    """Layers of the last pipeline stage, where stages are to be uneven (the LM head weighs on it)."""
     data: Positive = 1
     expert: Positive = 1
     """Ranks over which a layer's experts are divided; taken out of data * context * tensor."""
@@ -72,9 +78,41 @@ class OptimizerConfig(_Section):
     weight_decay: NotNegative = 0.01
     clip_grad_norm: PositiveFloat = 1.0
     warmup_steps: Count = 0
-    """Steps over which the learning rate rises linearly from 0; constant afterwards."""
+    """Updates over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warm-up; the last two fall to `min_learning_rate` at `decay_steps`."""
+    decay_steps: Count = 0
+    """Update, counted from the first one, at which `min_learning_rate` is reached; it stays there."""
+    min_learning_rate: NotNegative = 0.0
     distributed: bool = True
     """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
+    overlap: bool = False
+    """Reduce gradients and gather updated weights while the passes run (needs `distributed`)."""
+    cpu_offload: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the optimizer state that lives, and is updated, in host memory (needs device = "cuda")."""
+
+    @model_validator(mode="after")
+    def _schedule_is_complete(self) -> OptimizerConfig:
+        if (self.schedule != "constant") != (self.decay_steps > 0):
+            raise ValueError(
+                f"decay_steps = {self.decay_steps}: schedule = '{self.schedule}' needs "
+                f"{'none, it never decays' if self.schedule == 'constant' else 'the update at which it ends'}; "
+                "set both, or neither"
+            )
+        if self.decay_steps and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps = {self.decay_steps}: must be above warmup_steps = {self.warmup_steps}, because the decay "
+                "begins where the warm-up ends; raise it"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate = {self.min_learning_rate}: must not exceed learning_rate = {self.learning_rate}; lower it"
+            )
+        if self.overlap and not self.distributed:
+            raise ValueError(
+                "overlap = true: needs distributed = true, whose buckets it overlaps; set it, or take overlap out"
+            )
+        return self
 
 
 class TrainerConfig(_Section):
@@ -87,14 +125,30 @@ class TrainerConfig(_Section):
     """Layer implementation; "auto" takes Transformer Engine on CUDA where it is installed."""
     layout: LayoutConfig = LayoutConfig()
     optimizer: OptimizerConfig
+    token_dispatcher: Literal["auto", "alltoall", "allgather", "flex"] = "auto"
+    """How tokens travel to their experts; "auto" is alltoall (allgather on CPU where one expert is divided);
+    "flex" is DeepEP, and needs Transformer Engine and the package deep_ep."""
     max_tokens_per_microbatch: Positive = 16384
-    """Padded tokens one rank's forward pass may hold."""
-    recompute: bool = False
-    """Recompute every layer's activations in the backward pass."""
+    """Packed tokens that the ranks of one context group hold together in one forward pass."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again: none, of attention and expert layers' insides, or of every layer."""
+    freeze_router: bool = False
+    """Leave the routers' weights as they are."""
+    moe_aux_loss_coeff: NotNegative = 0.0
+    """Load-balancing loss; 0 is right for RL, where it fights the reward."""
+    router_replay: Literal["off", "trainer", "engine"] = "off"
+    """Which expert choices the training passes repeat: none; those of the trainer's own log-prob pass on the weights at
+    the start of the batch (R2); or those that the engine recorded while it sampled (R3)."""
     keep_checkpoints: Positive = 2
     """The newest ones that are kept."""
-    logprob_chunk_tokens: Positive = 1024
+    keep_every: Count = 0
+    """Checkpoints whose step this divides are kept for ever; 0: none."""
+    async_save: bool = True
+    """Write checkpoints while training goes on; only the copy to host memory is waited for."""
+    logprob_chunk_tokens: Positive = 256
     """Tokens whose full-vocabulary logits exist at one time."""
+    logprob_top_k: Count = 0
+    """Also log the probability mass of this many most likely tokens; 0: not computed."""
     collective_timeout_s: Seconds = 600
     ray_address: str = "local"
     """"local" starts a Ray of our own on this machine; "auto" or host:port joins a running cluster."""
@@ -104,15 +158,6 @@ class TrainerConfig(_Section):
     """Longest wait for the cluster to have room for all ranks."""
     megatron: dict[str, Any] = {}
     """Verbatim fields of Megatron-Core's TransformerConfig; what the layout, the model or the loss decides is refused."""
-
-    @model_validator(mode="after")
-    def _gloo_gathers_even_shards(self) -> TrainerConfig:
-        if self.device == "cpu" and self.layout.expert > 1 and self.layout.resolved_expert_tensor > 1:
-            raise ValueError(
-                f"layout.expert_tensor = {self.layout.expert_tensor}: must be 1 with device = 'cpu' and "
-                f"expert = {self.layout.expert}, because gloo has no uneven all-gather; set it to 1"
-            )
-        return self
 
 
 class RolloutConfig(_Section):
@@ -184,6 +229,10 @@ class AlgorithmConfig(_Section):
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     """The global denominator: response tokens, or sequences, of the whole step."""
     vespo: VespoConfig = VespoConfig()
+    kl_coeff: NotNegative = 0.0
+    """Weight of the penalty KL(pi || reference) on the response tokens; 0: no reference is loaded."""
+    reference: Path | None = None
+    """Hugging Face directory of the reference; default: the model that the run starts from."""
 
 
 class LoopConfig(_Section):
@@ -191,8 +240,11 @@ class LoopConfig(_Section):
     prompts_per_step: Positive
     group_size: Annotated[int, Field(ge=2)] = 8
     """Responses per prompt; group-relative advantages need at least 2."""
+    updates_per_batch: Positive = 1
+    """Optimizer updates on each batch, each on an equal share of its groups (the paper's N); weights are published
+    after the last one, which makes the next version."""
     max_staleness: Count = 1
-    """Optimizer steps a token may be older than the weights it trains; 0 is synchronous."""
+    """Versions a token may be older than the weights it trains; 0 is synchronous."""
     eval_every: Count = 0
     """Steps between held-out evaluations; 0: at the start and the end only."""
     eval_samples: Positive = 1

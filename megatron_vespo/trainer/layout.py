@@ -13,6 +13,7 @@ import ipaddress
 import math
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -72,37 +73,94 @@ def rank_name(layout: LayoutConfig, rank: int) -> str:
     return f"rank {rank} ({where})" if where else f"rank {rank}"
 
 
-def layers_of_stage(layout: LayoutConfig, shape: ModelShape, stage: int) -> range:
-    """Global indices of the decoder layers that a pipeline stage holds."""
-    each = shape.num_layers // layout.pipeline
-    return range(stage * each, (stage + 1) * each)
+def layers_of_chunk(layout: LayoutConfig, shape: ModelShape, stage: int, chunk: int = 0) -> range:
+    """Global indices of the decoder layers in one model chunk of a pipeline stage (chunk 0 is all of it without
+    interleaving).  Chunks are dealt out over the stages in turn: chunk c of stage p is number c * pipeline + p."""
+    sizes = _stage_sizes(layout, shape.num_layers)
+    each = [size // layout.virtual_pipeline for size in sizes]
+    first = chunk * sum(each) + sum(each[:stage])
+    return range(first, first + each[stage])
+
+
+def layers_of_stage(layout: LayoutConfig, shape: ModelShape, stage: int) -> list[int]:
+    """Global indices of all decoder layers that a pipeline stage holds."""
+    return [
+        i for chunk in range(layout.virtual_pipeline) for i in layers_of_chunk(layout, shape, stage, chunk)
+    ]
+
+
+def _stage_sizes(layout: LayoutConfig, num_layers: int) -> list[int]:
+    """Layers of each pipeline stage; the ends have their own numbers where they are set."""
+    ends = {0: layout.first_stage_layers, layout.pipeline - 1: layout.last_stage_layers}
+    given = {stage: size for stage, size in ends.items() if size is not None}
+    inner = layout.pipeline - len(given)
+    each = (num_layers - sum(given.values())) // inner if inner else 0
+    return [given.get(stage, each) for stage in range(layout.pipeline)]
 
 
 def grid(layout: LayoutConfig, shape: ModelShape) -> str:
     """The rank grid as a table, for people."""
+    interleaved = f" (interleaved, {layout.virtual_pipeline} chunks)" if layout.virtual_pipeline > 1 else ""
     head = (
         f"{layout.world_size} rank(s) = tensor {layout.tensor} x context {layout.context} x data {layout.data} "
-        f"x pipeline {layout.pipeline}; experts over {layout.expert} x {layout.resolved_expert_tensor} of them"
+        f"x pipeline {layout.pipeline}{interleaved}; experts over {layout.expert} x {layout.resolved_expert_tensor} of them"
     )
-    rows = [head, "rank  tp  cp  dp  pp  ep etp  layers   experts"]
+    rows = [head, "rank  tp  cp  dp  pp  ep etp  layers       experts"]
     for rank in range(layout.world_size):
         at = coordinates(layout, rank)
-        layers = layers_of_stage(layout, shape, at.pipeline)
+        layers = _runs(layers_of_stage(layout, shape, at.pipeline))
         each = shape.num_experts // layout.expert
         experts = f"{at.expert * each}-{(at.expert + 1) * each - 1}" if shape.num_experts else "-"
         rows.append(
             f"{rank:4d}{at.tensor:4d}{at.context:4d}{at.data:4d}{at.pipeline:4d}{at.expert:4d}"
-            f"{at.expert_tensor:4d}  {f'{layers[0]}-{layers[-1]}':<8} {experts}"
+            f"{at.expert_tensor:4d}  {layers:<12} {experts}"
         )
     return "\n".join(rows)
 
 
+def _runs(numbers: list[int]) -> str:
+    """Ascending numbers as runs: `0-1,4-5`."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
 def check_layout(layout: LayoutConfig, shape: ModelShape) -> None:
-    """Refuse a grid over which this model cannot be divided evenly.
+    """Refuse a grid over which this model cannot be divided.
 
     Raises:
-        ConfigError: naming the field, the number it must divide and the nearest values that do.
+        ConfigError: naming the field, what it must divide, and the nearest valid grids of as many ranks.
     """
+    if problem := _problem(layout, shape):
+        near = nearest_valid(layout, shape)
+        advice = (
+            " or ".join(map(_axes, near)) if near else "another number of ranks: none of this many is valid"
+        )
+        raise ConfigError(f"{problem}; nearest valid: {advice}")
+
+
+def nearest_valid(layout: LayoutConfig, shape: ModelShape, num: int = 3) -> list[LayoutConfig]:
+    """The valid grids of as many ranks that change the fewest axes, and those the least."""
+    keys = ("tensor", "context", "pipeline", "data", "expert", "virtual_pipeline")
+    wanted = {key: getattr(layout, key) for key in keys}
+    found = []
+    for grid_axes in _grids(layout.world_size):
+        for expert in _divisors(max(shape.num_experts, 1)):
+            for chunks in {1, *_near(layout.virtual_pipeline, shape.num_layers)}:
+                axes = dict(zip(keys, (*grid_axes, expert, chunks), strict=True))
+                other = LayoutConfig(**axes)
+                if _problem(other, shape) is None:
+                    ratios = [abs(math.log2(axes[key] / wanted[key])) for key in keys]
+                    found.append((sum(r > 0 for r in ratios) + sum(ratios), tuple(axes.values()), other))
+    return [other for _, _, other in sorted(found, key=lambda item: item[:2])[:num]]
+
+
+def _problem(layout: LayoutConfig, shape: ModelShape) -> str | None:
+    """What makes the grid invalid for the model; None where it is valid."""
     divided = {
         "attention heads": shape.num_heads,
         "key/value heads": shape.num_groups,
@@ -110,40 +168,75 @@ def check_layout(layout: LayoutConfig, shape: ModelShape) -> None:
     }
     if not shape.num_experts:
         divided["feed-forward channels"] = shape.ffn_size
-    _must_divide("tensor", layout.tensor, divided)
-    _must_divide("pipeline", layout.pipeline, {"layers": shape.num_layers})
-    if not shape.num_experts:
-        if layout.expert > 1:
-            raise ConfigError(
-                f"trainer.layout.expert = {layout.expert}: the model is dense; leave it out, or set it to 1"
-            )
-        return
-    ranks = layout.tensor * layout.context * layout.data
-    shard = layout.resolved_expert_tensor
-    _must_divide("expert_tensor", shard, {"channels of an expert": shape.expert_ffn_size})
-    _must_divide("expert", layout.expert, {"experts": shape.num_experts, "ranks of a pipeline stage": ranks})
-    if ranks % (layout.expert * shard):
-        raise ConfigError(
-            f"trainer.layout.expert_tensor = {shard}: expert * expert_tensor = {layout.expert} * {shard} must divide "
-            f"tensor * context * data = {ranks}, the ranks of a pipeline stage; "
-            f"{_nearest('expert_tensor', shard, ranks // layout.expert)}"
+    return (
+        _undivided("tensor", layout.tensor, divided)
+        or _bad_stages(layout, shape.num_layers)
+        or _bad_experts(layout, shape)
+    )
+
+
+def _bad_stages(layout: LayoutConfig, num_layers: int) -> str | None:
+    chunks = layout.virtual_pipeline
+    if chunks > 1 and layout.pipeline == 1:
+        return f"trainer.layout.virtual_pipeline = {chunks}: interleaves pipeline stages, and pipeline = 1"
+    ends = layout.first_stage_layers or layout.last_stage_layers
+    if not ends:
+        return _undivided("pipeline * virtual_pipeline", layout.pipeline * chunks, {"layers": num_layers})
+    if layout.pipeline == 1:
+        return "trainer.layout.first_stage_layers, last_stage_layers: need several stages, and pipeline = 1"
+    sizes = _stage_sizes(layout, num_layers)
+    if sum(sizes) != num_layers or min(sizes) < 1 or any(size % chunks for size in sizes):
+        return (
+            f"trainer.layout.pipeline = {layout.pipeline} with first_stage_layers = {layout.first_stage_layers}, "
+            f"last_stage_layers = {layout.last_stage_layers}: the stages must hold {num_layers} layers together, the inner "
+            f"ones equally many, in virtual_pipeline = {chunks} equal chunks, and would hold {sizes}"
         )
+    return None
 
 
-def _must_divide(name: str, value: int, totals: dict[str, int]) -> None:
+def _bad_experts(layout: LayoutConfig, shape: ModelShape) -> str | None:
+    if not shape.num_experts:
+        return f"trainer.layout.expert = {layout.expert}: the model is dense" if layout.expert > 1 else None
+    ranks, shard = layout.tensor * layout.context * layout.data, layout.resolved_expert_tensor
+    if ranks % (layout.expert * shard):
+        return (
+            f"trainer.layout.expert = {layout.expert}, expert_tensor = {shard}: their product must divide tensor * context "
+            f"* data = {ranks}, the ranks of a pipeline stage"
+        )
+    return _undivided("expert_tensor", shard, {"channels of an expert": shape.expert_ffn_size}) or _undivided(
+        "expert", layout.expert, {"experts": shape.num_experts}
+    )
+
+
+def _undivided(name: str, value: int, totals: dict[str, int]) -> str | None:
     for what, total in totals.items():
         if total % value:
-            raise ConfigError(
-                f"trainer.layout.{name} = {value}: must divide the {total} {what}; "
-                f"{_nearest(name, value, math.gcd(*totals.values()))}"
-            )
+            return f"trainer.layout.{name} = {value}: must divide the {total} {what}"
+    return None
 
 
-def _nearest(name: str, value: int, total: int) -> str:
-    """The valid values just below and above `value`: those that divide `total`."""
-    valid = [n for n in range(1, total + 1) if total % n == 0]
-    below, above = [n for n in valid if n < value][-1:], [n for n in valid if n > value][:1]
-    return f"set {name} to {' or '.join(map(str, below + above))}"
+def _grids(ranks: int) -> Iterator[tuple[int, int, int, int]]:
+    """Every (tensor, context, pipeline, data) whose product is `ranks`."""
+    for tensor in _divisors(ranks):
+        for context in _divisors(ranks // tensor):
+            for pipeline in _divisors(ranks // tensor // context):
+                yield tensor, context, pipeline, ranks // tensor // context // pipeline
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _near(value: int, total: int) -> list[int]:
+    """The divisors of `total` just below, at and above `value`."""
+    valid = _divisors(total)
+    return [n for n in valid if n <= value][-1:] + [n for n in valid if n > value][:1]
+
+
+def _axes(layout: LayoutConfig) -> str:
+    """A grid in words, without its axes of one rank."""
+    fields = layout.model_dump(exclude_none=True)
+    return ", ".join(f"{name} = {size}" for name, size in fields.items() if size > 1) or "one rank"
 
 
 @dataclass(frozen=True)
@@ -157,6 +250,10 @@ class Groups:
     tensor: ProcessGroup
     context: ProcessGroup
     pipeline: ProcessGroup
+    data_and_context: ProcessGroup
+    """The ranks that hold the same part of the dense weights."""
+    expert_data: ProcessGroup
+    """The ranks that hold the same experts."""
 
     @property
     def at(self) -> Coordinates:
@@ -203,6 +300,7 @@ def init_process_groups(layout: LayoutConfig, place: Place, *, device: str, time
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.resolved_expert_tensor,
@@ -216,6 +314,8 @@ def init_process_groups(layout: LayoutConfig, place: Place, *, device: str, time
         groups.get_tensor_model_parallel_group(),
         groups.get_context_parallel_group(),
         groups.get_pipeline_model_parallel_group(),
+        groups.get_data_parallel_group(with_context_parallel=True),
+        groups.get_expert_data_parallel_group(),
     )
 
 

@@ -103,6 +103,8 @@ class TrainSequence:
     advantage: float = 1.0
     behavior_logp: Floats | None = None
     """[T]; None where no importance weight exists (supervised fine-tuning, scoring)."""
+    experts: Experts | None = None
+    """[N - 1, L, K]: the engine's choices, where the trainer is to repeat them."""
 
     @property
     def num_response_tokens(self) -> int:
@@ -119,23 +121,62 @@ class Scored:
     """[N - 1, L, K], rows as in `Response.experts`; the order of the K experts means nothing."""
     entropy: Floats | None = None
     """[T], nats, of the full next-token distribution; the trainer alone knows it."""
+    top_k_mass: Floats | None = None
+    """[T], probability of the trainer.logprob_top_k most likely tokens together; None if not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One optimizer update, in numbers that were summed over all ranks before anything was divided."""
+
+    loss: float
+    """Of the weights before the update; the penalty is part of it."""
+    grad_norm: float
+    """Euclidean norm over all parameters, before clipping."""
+    learning_rate: float
+    entropy: float
+    """Mean over response tokens of the policy's entropy, nats."""
+    kl: float | None
+    """Mean over response tokens of the k3 estimate of KL(pi || reference), nats; None without a reference."""
+    num_tokens: int
+    """Response tokens."""
+    num_microbatches: int
+    """On each data rank."""
+    padding: float
+    """Share of the processed tokens that only fill the packs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """What one optimizer step computed; sequences are in the order in which they were given."""
+    """What the updates on one batch computed; sequences are in the order in which they were given."""
 
     scored: tuple[Scored, ...]
-    """Under the weights *before* the update."""
+    """Under the weights before the *first* update.  Under replay the experts are what the trainer would have chosen."""
     log_w: Doubles
-    """[B], sum over the response of (policy_logp - behavior_logp); 0 where there is no behavior."""
+    """[B], sum over the response of (policy_logp - behavior_logp), with the policy as each sequence's own update found it;
+    0 where there is no behavior."""
     coefficient: Doubles
     """[B], mean over the response's tokens of the detached coefficient; phi(W) for VESPO."""
-    loss: float
-    grad_norm: float
-    """Euclidean norm over all parameters, before clipping."""
-    learning_rate: float
+    updates: tuple[Update, ...]
     time_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Seconds by phase, of the slowest rank."""
+    memory_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Peak by phase, of the fullest rank: of its device, or of its process on CPU."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the updates."""
+        return sum(update.loss for update in self.updates) / len(self.updates)
+
+    @property
+    def grad_norm(self) -> float:
+        """The largest of the updates."""
+        return max(update.grad_norm for update in self.updates)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update."""
+        return self.updates[-1].learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,17 @@ def policy_loss(logp_S: Tensor, coefficient_S: Tensor, advantage_S: Tensor, weig
     return -(weight_S * coefficient_S.detach() * advantage_S * logp_S).sum()
 
 
+def kl_penalty(logp_S: Tensor, reference_logp_S: Tensor) -> Tensor:
+    """k3 estimate of KL(pi || reference) at each sampled token, nats, differentiable in `logp_S`.
+
+        k3 = exp(r) - r - 1 >= 0      r = log reference - log pi      d k3 / d log pi = 1 - exp(r)
+
+    An expectation over pi that is taken over the tokens at hand, as GRPO does: stale tokens are not reweighted.
+    """
+    r = reference_logp_S.detach() - logp_S
+    return r.expm1() - r
+
+
 def token_weights(
     num_tokens_B: Sequence[int], aggregation: Literal["token_mean", "sequence_mean"]
 ) -> Doubles:

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vespo.trainer.packing import Index, input_offsets, response_offsets
-from megatron_vespo.types import Doubles, Experts, Floats, Ints, RunError, Scored, StepOutput, TrainSequence
+from megatron_vespo.types import (
+    Doubles,
+    Experts,
+    Floats,
+    Ints,
+    RunError,
+    Scored,
+    StepOutput,
+    TrainSequence,
+    Update,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +42,8 @@ class RouterRows:
 class RankOutput:
     """One rank's share of a step or of a scoring pass; arrays are empty where the rank knows nothing.
 
-    Log-probs and what follows from them come from the last pipeline stage's first tensor rank.
+    Log-probs and what follows from them come from the last pipeline stage's first tensor rank; what was summed over
+    ranks already is whole, and the same on all of them.
     """
 
     token: Index
@@ -41,19 +52,18 @@ class RankOutput:
     """[S] nats."""
     entropy: Floats
     """[S] nats."""
-    coefficient: Doubles
-    """[S]; empty after scoring."""
-    sequence: Index
-    """[n] which sequence of the batch."""
-    log_w: Doubles
-    """[n] whole-sequence log W; empty after scoring."""
+    top_k_mass: Floats
+    """[S]; empty where it was not asked for."""
     routing: tuple[RouterRows, ...]
-    """One for each microbatch; empty for dense models or when not captured."""
-    loss: float = 0.0
-    """This rank's share; shares add."""
-    grad_norm: float = 0.0
-    learning_rate: float = 0.0
+    """One for each microbatch and model chunk; empty for dense models or when not captured."""
+    log_w: Doubles | None = None
+    """[B] whole-sequence log W, whole; None after scoring."""
+    coefficient: Doubles | None = None
+    """[B] summed over each response, whole; None after scoring."""
+    updates: tuple[Update, ...] = ()
+    """Whole; empty after scoring."""
     time_s: dict[str, float]
+    memory_bytes: dict[str, int]
 
 
 def merge_scores(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
@@ -63,36 +73,39 @@ def merge_scores(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequenc
         RunError: a token or router row came from no rank (a defect of the trainer, never of the data).
     """
     offsets = response_offsets(sequences)
-    logp = _tokens(outputs, "logp", int(offsets[-1])).astype(np.float32)
-    entropy = _tokens(outputs, "entropy", int(offsets[-1])).astype(np.float32)
+    logp, entropy = (_tokens(outputs, field, int(offsets[-1])) for field in ("logp", "entropy"))
+    has_mass = any(len(output.top_k_mass) for output in outputs)
+    mass = _tokens(outputs, "top_k_mass", int(offsets[-1])) if has_mass else None
     experts = _experts(outputs, sequences)
     return tuple(
-        Scored(logp=logp[a:b], entropy=entropy[a:b], experts=experts[i])
+        Scored(
+            logp=logp[a:b],
+            entropy=entropy[a:b],
+            top_k_mass=None if mass is None else mass[a:b],
+            experts=experts[i],
+        )
         for i, (a, b) in enumerate(itertools.pairwise(offsets))
     )
 
 
 def merge_step(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]) -> StepOutput:
     """`StepOutput` of the batch from the outputs of all ranks."""
-    offsets = response_offsets(sequences)
-    coefficient = _tokens(outputs, "coefficient", int(offsets[-1]))
-    log_w = np.full(len(sequences), np.nan)
-    for output in outputs:
-        log_w[output.sequence] = output.log_w
-    _check_complete(log_w, "log W of sequence")
+    whole = outputs[0]
+    assert whole.log_w is not None and whole.coefficient is not None, "the output of a scoring pass"
     return StepOutput(
         scored=merge_scores(outputs, sequences),
-        log_w=log_w,
-        coefficient=np.array([coefficient[a:b].mean() for a, b in itertools.pairwise(offsets)]),
-        loss=sum(output.loss for output in outputs),
-        grad_norm=outputs[0].grad_norm,
-        learning_rate=outputs[0].learning_rate,
-        time_s={name: max(output.time_s[name] for output in outputs) for name in outputs[0].time_s},
+        log_w=whole.log_w,
+        coefficient=whole.coefficient / np.array([s.num_response_tokens for s in sequences]),
+        updates=whole.updates,
+        time_s={name: max(output.time_s[name] for output in outputs) for name in whole.time_s},
+        memory_bytes={
+            name: max(output.memory_bytes[name] for output in outputs) for name in whole.memory_bytes
+        },
     )
 
 
-def _tokens(outputs: Sequence[RankOutput], field: str, num: int) -> Doubles:
-    whole = np.full(num, np.nan)
+def _tokens(outputs: Sequence[RankOutput], field: str, num: int) -> Floats:
+    whole = np.full(num, np.nan, np.float32)
     for output in outputs:
         whole[output.token] = getattr(output, field)
     _check_complete(whole, f"{field} of response token")
@@ -108,11 +121,11 @@ def _experts(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]) 
     whole = np.full((int(offsets[-1]), num_layers, rows[0].experts.shape[-1]), -1, np.int16)
     for row in rows:
         whole[row.number[:, None], row.layers[None, :]] = row.experts
-    _check_complete(np.where((whole < 0).any((1, 2)), np.nan, 0.0), "experts of input")
+    _check_complete(np.where((whole < 0).any((1, 2)), np.nan, np.float32(0)), "experts of input")
     return [whole[a:b] for a, b in itertools.pairwise(offsets)]
 
 
-def _check_complete(values: Doubles, what: str) -> None:
+def _check_complete(values: Floats, what: str) -> None:
     missing = np.flatnonzero(np.isnan(values))
     if len(missing):
         raise RunError(

@@ -1,0 +1,320 @@
+"""One pass of this rank's microbatches through Megatron's schedule: log-probs, losses, gradients, expert choices.
+
+Megatron is imported inside functions: `cpu.install()` must come first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vespo.algo.coefficients import Ratios, coefficient
+from megatron_vespo.algo.loss import kl_penalty, policy_loss
+from megatron_vespo.config import AlgorithmConfig, TrainerConfig
+from megatron_vespo.trainer.layout import Groups, rank_name
+from megatron_vespo.trainer.outputs import RouterRows
+from megatron_vespo.trainer.packing import Inputs, Microbatch, cut, input_numbers
+from megatron_vespo.types import Doubles, RunError, TrainSequence
+
+PROBLEMS = ("loss", "log W", "log-prob", "row of expert choices")
+"""Numbers that are checked, each the cause of those before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one pass does, the same on every rank but for the microbatches."""
+
+    sequences: Sequence[TrainSequence]
+    """The whole batch."""
+    share: slice
+    """The sequences of this pass."""
+    microbatches: Sequence[Microbatch]
+    """This data rank's."""
+    num_packed: int
+    """Packed tokens of all data ranks together, padding included."""
+    weight: Doubles
+    """[B] weight of every token of a sequence: 1 / the global denominator of the update."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What one pass collected on this rank."""
+
+    tokens: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    """By microbatch: which response tokens of the batch, log-prob, entropy, top-k mass."""
+    logp: dict[int, Tensor] = field(default_factory=dict)
+    """By microbatch: [S] log-probs on this rank's device, detached."""
+    routing: list[RouterRows] = field(default_factory=list)
+    choices: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """By (chunk, microbatch): [t, l, K] int16, what the routers chose by themselves."""
+    sums: Doubles
+    """[3] loss, entropy, k3 of the reference; summed over all ranks at the end."""
+    log_w: Doubles
+    """[B]; on every rank at the end; 0 outside of the pass."""
+    coefficient: Doubles
+    """[B], summed over the tokens of each sequence; on every rank at the end."""
+    problem: tuple[int, int] | None = None
+    """The deepest unusable number: its place in PROBLEMS, and the index of its sequence."""
+
+    def note(self, what: str, sequence: int) -> None:
+        """Remember a problem; the pass goes on, because other ranks are in the middle of it."""
+        depth = PROBLEMS.index(what)
+        if self.problem is None or depth > self.problem[0]:
+            self.problem = depth, sequence
+
+
+class Runner:
+    """Everything that a pass needs besides its work."""
+
+    def __init__(
+        self,
+        cfg: TrainerConfig,
+        algorithm: AlgorithmConfig,
+        groups: Groups,
+        ddp_chunks: Sequence[Any],
+        routing: Any,
+        head: Any,
+    ) -> None:
+        """`routing` is a routing.Routing, or None for a dense model; `head` a logprobs.Head."""
+        self._cfg, self._algorithm, self._groups = cfg, algorithm, groups
+        self._ddp_chunks, self._routing, self._head = list(ddp_chunks), routing, head
+        self._number_of_chunk = {id(ddp): number for number, ddp in enumerate(ddp_chunks)}
+
+    def run(
+        self,
+        work: Work,
+        *,
+        train: bool,
+        records: bool,
+        replayed: Outcome | None = None,
+        reference: Outcome | None = None,
+        step_number: int | None = None,
+    ) -> Outcome:
+        """Forward, and in training backward, over all microbatches.
+
+        Args:
+            records: whether the routers' own choices are wanted.
+            replayed: a pass over the same work whose choices are used (R2); the engine's (R3) are used in training if
+                the configuration says so.
+            reference: a pass over the same work under the reference's weights.
+            step_number: stands in errors.
+
+        Raises:
+            RunError: a log-prob, log W, the loss or an expert choice is unusable; on every rank.
+        """
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        num = len(work.sequences)
+        outcome = Outcome(sums=np.zeros(3), log_w=np.zeros(num), coefficient=np.zeros(num))
+        one = _Pass(work, outcome, train, records and self._routing is not None, replayed, reference)
+        iterators = [iter(enumerate(work.microbatches)) for _ in self._ddp_chunks]
+        self._scale_aux_loss(work)
+        with nullcontext() if train else torch.no_grad():
+            get_forward_backward_func()(
+                forward_step_func=functools.partial(self._forward, one),
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self._ddp_chunks,
+                num_microbatches=len(work.microbatches),
+                seq_length=work.microbatches[0].length,
+                micro_batch_size=1,
+                forward_only=not train,
+            )
+        if self._routing is not None:
+            self._routing.clear()
+        self._stop_if_unusable(one, step_number)
+        self._sum_over_ranks(one)
+        return outcome
+
+    def _scale_aux_loss(self, work: Work) -> None:
+        """Make the load-balancing loss that of one rank, averaged over tokens.
+
+        Under calculate_per_token_loss Megatron multiplies it by the tokens of one rank, a 1 / (tensor * context) part of
+        the microbatch, and expects a division by all tokens that `_sum_gradients` does not do.
+        """
+        if self._cfg.moe_aux_loss_coeff:
+            ranks = self._cfg.layout.tensor * self._cfg.layout.context
+            config = self._ddp_chunks[0].config
+            config.moe_aux_loss_coeff = self._cfg.moe_aux_loss_coeff * ranks / work.num_packed
+
+    def _forward(
+        self, one: _Pass, microbatches: Iterator[tuple[int, Microbatch]], ddp: Any
+    ) -> tuple[Tensor, Any]:
+        """Megatron's forward_step: hidden states of one microbatch, and the closure that makes its loss."""
+        from megatron_vespo.trainer.model import packed
+
+        (index, microbatch), chunk = next(microbatches), self._number_of_chunk[id(ddp)]
+        layout, at, device = self._cfg.layout, self._groups.at, self._groups.device
+        inputs = cut(one.work.sequences, microbatch, layout, context_rank=at.context)
+        numbers = None
+        if self._routing is not None:
+            whole = input_numbers(one.work.sequences, microbatch, layout, context_rank=at.context)
+            numbers = np.split(whole, layout.tensor)[at.tensor]  # sequence parallelism: this rank's slice
+            choices = self._choices(one, index, microbatch, numbers, chunk)
+            self._routing.begin(chunk, choices, records=one.records, train=one.train)
+        tokens, positions = (torch.from_numpy(x).to(device) for x in (inputs.tokens, inputs.positions))
+        hidden = ddp(
+            tokens,
+            positions,
+            None,
+            packed_seq_params=packed(inputs.cu_seqlens.tolist(), layout.context, device),
+        )
+        if one.records and numbers is not None:
+            own = one.outcome.choices[chunk, index] = self._routing.own_choices(chunk)
+            one.outcome.routing.append(
+                RouterRows(
+                    number=numbers[numbers >= 0],
+                    layers=self._routing.layers(chunk),
+                    experts=own.cpu().numpy()[numbers >= 0],
+                )
+            )
+        return hidden, functools.partial(self._loss, one, index, microbatch, inputs)
+
+    def _choices(
+        self, one: _Pass, index: int, microbatch: Microbatch, numbers: np.ndarray, chunk: int
+    ) -> Tensor | None:
+        """[t, l, K] int64: the expert choices to use, or None where the routers choose."""
+        if one.replayed is not None:
+            return one.replayed.choices[chunk, index].long()
+        if not one.train or self._cfg.router_replay != "engine":
+            return None
+        rows, bad = self._routing.rows(one.work.sequences, microbatch.sequences, numbers, chunk)
+        if bad is not None:
+            one.outcome.note("row of expert choices", bad)
+        return torch.from_numpy(rows).to(self._groups.device).long()
+
+    def _loss(
+        self, one: _Pass, index: int, microbatch: Microbatch, inputs: Inputs, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, dict]:
+        """This microbatch's share of the loss, on the last stage.
+
+        The three-value form with calculate_per_token_loss makes Megatron neither multiply nor divide: see
+        `optimizer._sum_gradients`.
+        """
+        from megatron_vespo.trainer.logprobs import token_stats
+        from megatron_vespo.trainer.model import head_weight
+
+        at, label, segment = (
+            torch.from_numpy(x).to(hidden.device) for x in (inputs.at, inputs.label, inputs.segment)
+        )
+        stats = token_stats(hidden, head_weight(self._ddp_chunks[-1].module), at, label, self._head)
+        loss = stats.logp.double().sum() * 0  # scoring: nothing to differentiate
+        if one.train:
+            loss = self._training_loss(one, index, microbatch, inputs, stats.logp, segment)
+        one.outcome.logp[index] = logp = stats.logp.detach()
+        if len(bad := _not_finite(logp)):
+            one.outcome.note("log-prob", microbatch.sequences[inputs.segment[bad[0]]])
+        if self._groups.at.tensor == 0:  # the other tensor ranks computed the same
+            mass = torch.zeros(0) if stats.top_k_mass is None else stats.top_k_mass
+            numbers = (x.detach().cpu().numpy() for x in (logp, stats.entropy, mass))
+            one.outcome.tokens.append((inputs.token, *numbers))
+            one.outcome.sums[:2] += (float(loss.detach()), float(stats.entropy.detach().double().sum()))
+        return loss, torch.tensor(0, dtype=torch.int), {}
+
+    def _training_loss(
+        self, one: _Pass, index: int, microbatch: Microbatch, inputs: Inputs, logp: Tensor, segment: Tensor
+    ) -> Tensor:
+        sequences, chosen = [one.work.sequences[i] for i in microbatch.sequences], list(microbatch.sequences)
+        log_ratio = _log_ratio(logp, inputs.behavior_logp)
+        log_w = self._sequence_sums(log_ratio, segment, len(sequences))
+
+        def per_sequence(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=logp.device)
+
+        advantage = per_sequence([s.advantage for s in sequences])
+        weight = per_sequence(one.work.weight[chosen].tolist())[segment]
+        ratios = Ratios(log_ratio_S=log_ratio, log_w_N=log_w, seq_S=segment)
+        c = coefficient(self._algorithm, ratios, advantage)
+        loss = policy_loss(logp.double(), c, advantage[segment], weight)
+        if one.reference is not None:
+            kl = kl_penalty(logp.double(), one.reference.logp[index].double())
+            loss = loss + self._algorithm.kl_coeff * (weight * kl).sum()
+        if len(bad := _not_finite(log_w)):  # a log-prob, here or on another context rank
+            one.outcome.note("log W", chosen[bad[0]])
+        elif len(_not_finite(loss[None])) and chosen:  # an advantage has overflowed it
+            one.outcome.note("loss", max(chosen, key=lambda i: abs(one.work.sequences[i].advantage)))
+        if self._groups.at.tensor == 0:
+            if one.reference is not None:
+                one.outcome.sums[2] += float(kl.detach().sum())
+            if self._groups.at.context == 0:
+                one.outcome.log_w[chosen] = log_w.cpu().numpy()
+            c_sums = advantage.new_zeros(len(chosen)).index_add_(0, segment, c.double())
+            one.outcome.coefficient[chosen] = c_sums.cpu().numpy()
+        return loss
+
+    def _sequence_sums(self, log_ratio: Tensor, segment: Tensor, num: int) -> Tensor:
+        """[n] float64 log W of each sequence, complete: other context ranks hold other tokens of the same response.
+
+        The numbers are detached, so that no collective is differentiated; tensor ranks hold equal ones.
+        """
+        log_w = log_ratio.new_zeros(num).index_add_(0, segment, log_ratio)
+        if self._cfg.layout.context > 1:
+            dist.all_reduce(log_w, group=self._groups.context)
+        return log_w
+
+    def _sum_over_ranks(self, one: _Pass) -> None:
+        """One all-reduce of the pass's sums, log W and coefficients: afterwards every rank and stage has them all."""
+        share, outcome = one.work.share, one.outcome
+        parts = (outcome.sums, outcome.log_w[share], outcome.coefficient[share])
+        flat = torch.from_numpy(np.concatenate(parts)).to(self._groups.device)
+        dist.all_reduce(flat)
+        whole = flat.cpu().numpy()
+        num = share.stop - share.start
+        outcome.sums = whole[:3]
+        outcome.log_w[share], outcome.coefficient[share] = whole[3 : 3 + num], whole[3 + num :]
+
+    def _stop_if_unusable(self, one: _Pass, step_number: int | None) -> None:
+        """Ranks that found nothing must stop too, or they wait for ever in the next collective."""
+        num, world_size = len(one.work.sequences), self._cfg.layout.world_size
+        code = -1
+        if one.outcome.problem is not None:
+            depth, index = one.outcome.problem  # the deepest cause has the highest code, whatever the rank
+            code = (depth * world_size + self._groups.rank) * num + index
+        found = torch.tensor(code, dtype=torch.int64, device=self._groups.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        if found < 0:
+            return
+        (depth, rank), index = divmod(int(found) // num, world_size), int(found) % num
+        what, uid = PROBLEMS[depth], one.work.sequences[index].uid
+        when = "found while scoring" if step_number is None else f"at step {step_number}"
+        where = rank_name(self._cfg.layout, rank)
+        unharmed = "" if step_number is None else "this update changed no weight; "
+        if what == "row of expert choices":
+            raise RunError(
+                f"sequence {uid}: a {what} names one expert twice, {when} on {where}: each token has {what}s for every layer, "
+                f"all different, and a row of zeros was never written by the engine; {unharmed}do not train on it, or set "
+                "trainer.router_replay = 'off'"
+            )
+        raise RunError(
+            f"sequence {uid}: its {what} is not finite, {when} on {where}; {unharmed}resume from a checkpoint, with a "
+            "smaller learning rate where it happens again"
+        )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass: its work, what it collects, and how it goes."""
+
+    work: Work
+    outcome: Outcome
+    train: bool
+    records: bool
+    replayed: Outcome | None
+    reference: Outcome | None
+
+
+def _log_ratio(logp: Tensor, behavior_logp: np.ndarray) -> Tensor:
+    """[S] float64, detached: policy - behavior; 0 where there is no behavior (nan)."""
+    behavior = torch.from_numpy(behavior_logp).to(logp.device).double()
+    return torch.where(behavior.isnan(), 0.0, logp.detach().double() - behavior)
+
+
+def _not_finite(values: Tensor) -> np.ndarray:
+    return np.flatnonzero(~torch.isfinite(values.detach()).cpu().numpy())

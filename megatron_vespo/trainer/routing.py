@@ -1,0 +1,209 @@
+"""Which experts a rank's routers choose: recorded as they choose, or replayed from given choices.
+
+Each router of the model is listened to through the RouterReplay interface of Megatron-Core, by an instance of ours that
+needs no global action to be flipped: `Routing.begin` says what the next forward pass of a model chunk does, and every
+router call that was not announced is a recomputation in the backward pass, which repeats the choices of its forward.
+
+Gate weights are always those of the current logits at the choices in force, so gradients reach the router as usual.
+
+Shape key:  t rows of this rank (its tokens in packed order), l its layers with a router, L all of them, K experts per
+            token, E experts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay
+from torch import Tensor
+
+from megatron_vespo.trainer.packing import Index, input_offsets
+from megatron_vespo.types import Experts, RunError, TrainSequence
+
+
+@dataclass(frozen=True)
+class RouterSize:
+    """What a table of expert choices must measure."""
+
+    num_layers: int
+    num_experts: int
+    experts_per_token: int
+
+
+class _Listener(RouterReplay):
+    """One router's record and replay; Megatron calls `get_replay_topk` once for every pass through the layer."""
+
+    def __init__(self) -> None:
+        # Not upstream's: that appends every instance to a list of the process, which outlives the model.
+        self.own: Tensor | None = None
+        """[t, K] what the router's logits chose in the last announced pass, or would have chosen."""
+        self._announced = self._records = self._recomputed = False
+        self._target: Tensor | None = None
+        self._forwards: deque[Tensor] = deque()
+
+    def begin(self, target: Tensor | None, *, records: bool, recomputed: bool) -> None:
+        """The next call is a forward pass; it uses `target` [t, K] int64, or what the logits choose."""
+        self._announced, self._target = True, target
+        self._records, self._recomputed = records, recomputed
+
+    def clear(self) -> None:
+        """Forget what was recorded, and forwards that were never recomputed because the pass failed."""
+        self._forwards.clear()
+        self.own = self._target = None
+        self._announced = False
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and experts in force, [t, K] each."""
+        assert default_compute_topk is not None
+
+        def choose(scores: Tensor) -> tuple[Tensor, Tensor]:
+            return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+
+        if not self._announced:  # recomputation, in the order of this chunk's forwards in every schedule
+            return _at(scores, self._forwards.popleft())
+        self._announced = False
+        values, chosen = choose(scores) if self._target is None else _at(scores, self._target)
+        if self._recomputed:
+            self._forwards.append(chosen)
+        if self._records:
+            self.own = chosen if self._target is None else choose(scores.detach())[1]
+        return values, chosen
+
+
+def _at(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if len(target) != len(scores):
+        raise RunError(
+            f"expert choices to replay = {len(target)} rows: this layer routes {len(scores)}; the packing plan and the "
+            "replayed choices disagree, which is a defect of the trainer"
+        )
+    return scores.gather(1, target), target
+
+
+class Routing:
+    """Record and replay over all model chunks of one rank."""
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        layers: Sequence[Sequence[int]],
+        size: RouterSize,
+        *,
+        recompute: bool,
+    ) -> None:
+        """Attach to the routers.
+
+        Args:
+            layers: the global layers of each chunk.
+            recompute: whether the backward pass goes through the routers once more.
+        """
+        self._listeners: list[list[_Listener]] = []
+        self._layers = [np.array(chunk_layers, np.int32) for chunk_layers in layers]
+        self._size, self._recompute = size, recompute
+        for chunk in chunks:
+            routers: list[Any] = [module for module in chunk.modules() if isinstance(module, TopKRouter)]
+            for router in routers:
+                assert router.router_replay is not None, (
+                    "megatron's router was built without its replay interface"
+                )
+                router.router_replay = _Listener()
+            self._listeners.append([router.router_replay for router in routers])
+        RouterReplay.clear_global_router_replay_instances()
+
+    def layers(self, chunk: int) -> np.ndarray:
+        """[l] global layers with a router in a chunk."""
+        return self._layers[chunk]
+
+    def begin(self, chunk: int, replayed_tlK: Tensor | None, *, records: bool, train: bool) -> None:
+        """Announce the next forward pass of a chunk.
+
+        Args:
+            replayed_tlK: choices to use, int64 on the routers' device; None: the routers choose.
+            records: whether `own_choices` will be asked for.
+            train: whether a backward pass follows.
+        """
+        for i, listener in enumerate(self._listeners[chunk]):
+            target = None if replayed_tlK is None else replayed_tlK[:, i]
+            listener.begin(target, records=records, recomputed=train and self._recompute)
+
+    def own_choices(self, chunk: int) -> Tensor:
+        """[t, l, K] int16: what the chunk's routers chose in the pass announced last, or would have without replay."""
+        own = [listener.own for listener in self._listeners[chunk]]
+        return torch.stack([_recorded(x) for x in own], 1).to(torch.int16)
+
+    def clear(self) -> None:
+        """At the end of a pass over all microbatches."""
+        for listeners in self._listeners:
+            for listener in listeners:
+                listener.clear()
+
+    def rows(
+        self, sequences: Sequence[TrainSequence], chosen: Sequence[int], number: Index, chunk: int
+    ) -> tuple[Experts, int | None]:
+        """[t, l, K] of the given choices for this rank's rows of one microbatch, and a sequence whose rows are unusable.
+
+        Padding gets K distinct experts in turn, so that it neither overloads one nor loses gate weight.
+
+        Args:
+            chosen: the microbatch's sequences.
+            number: [t] which input of the batch each row is, -1 for padding (`packing.input_numbers`).
+        """
+        layers, offsets = self._layers[chunk], input_offsets(sequences)
+        topk = self._size.experts_per_token
+        spread = np.arange(len(number) * topk).reshape(-1, 1, topk) % self._size.num_experts
+        rows = np.broadcast_to(spread, (len(number), len(layers), topk)).astype(np.int16)
+        bad = None
+        for i in chosen:
+            experts = sequences[i].experts
+            assert experts is not None, "check_experts comes first"
+            mine = (number >= offsets[i]) & (number < offsets[i + 1])
+            rows[mine] = experts[number[mine] - offsets[i]][:, layers]
+            ordered = np.sort(rows[mine], -1)
+            if (
+                ordered[..., 1:] == ordered[..., :-1]
+            ).any():  # e.g. rows of zeros: never written by the engine
+                rows[mine] = spread[mine]
+                bad = i
+        return rows, bad
+
+
+def check_experts(sequences: Sequence[TrainSequence], size: RouterSize) -> None:
+    """Refuse choices that cannot be replayed.
+
+    Raises:
+        RunError: choices are missing, have another shape, or name experts that do not exist (a sentinel, say).
+    """
+    for s in sequences:
+        if s.experts is None:
+            raise RunError(
+                f"sequence {s.uid}: has no expert choices, but trainer.router_replay = 'engine' replays them; start the engine "
+                "with rollout.record_experts = true, or set trainer.router_replay = 'off'"
+            )
+        wanted = (len(s.token_ids) - 1, size.num_layers, size.experts_per_token)
+        if s.experts.shape != wanted:
+            raise RunError(
+                f"sequence {s.uid}: expert choices have shape {list(s.experts.shape)}, expected {list(wanted)} (inputs, layers, "
+                "experts per token); the engine lost rows or serves another model: do not train on it"
+            )
+        if s.experts.size and not (s.experts.min() >= 0 and s.experts.max() < size.num_experts):
+            raise RunError(
+                f"sequence {s.uid}: expert choices lie in {s.experts.min()} .. {s.experts.max()}, expected 0 .. "
+                f"{size.num_experts - 1}; a sentinel marks rows that the engine did not record: do not train on it"
+            )
+
+
+def _recorded(own: Tensor | None) -> Tensor:
+    assert own is not None, "the pass was not announced with records=True"
+    return own

@@ -159,6 +159,24 @@ class TrainerConfig(_Section):
     megatron: dict[str, Any] = {}
     """Verbatim fields of Megatron-Core's TransformerConfig; what the layout, the model or the loss decides is refused."""
 
+    @model_validator(mode="after")
+    def _cpu_can_do_it(self) -> TrainerConfig:
+        if self.device != "cpu":
+            return self
+        divided = self.layout.expert > 1 and self.layout.resolved_expert_tensor > 1
+        if divided and self.token_dispatcher == "alltoall":
+            raise ValueError(
+                f"token_dispatcher = 'alltoall': with device = 'cpu' and experts divided over {self.layout.expert} x "
+                f"{self.layout.resolved_expert_tensor} ranks it needs an all-gather of unequal parts, which gloo does not "
+                "have; leave it out, or set layout.expert_tensor = 1"
+            )
+        if self.optimizer.cpu_offload:
+            raise ValueError(
+                f"optimizer.cpu_offload = {self.optimizer.cpu_offload:g}: the optimizer state is in host memory already with "
+                "device = 'cpu'; take it out"
+            )
+        return self
+
 
 class RolloutConfig(_Section):
     """The SGLang engine."""
@@ -288,6 +306,29 @@ class TrainConfig(_RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _batches_can_be_divided(self) -> TrainConfig:
+        if self.loop.prompts_per_step % self.loop.updates_per_batch:
+            raise ValueError(
+                f"loop.updates_per_batch = {self.loop.updates_per_batch}: must divide loop.prompts_per_step = "
+                f"{self.loop.prompts_per_step}, because each update takes an equal share of the groups; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replay_has_something_to_replay(self) -> TrainConfig:
+        if self.trainer.router_replay == "engine" and not self.rollout.record_experts:
+            raise ValueError(
+                "trainer.router_replay = 'engine': repeats the engine's expert choices, and rollout.record_experts = false "
+                "keeps none; set it to true, or router_replay = 'off'"
+            )
+        if self.trainer.router_replay == "trainer" and self.loop.updates_per_batch == 1:
+            raise ValueError(
+                "trainer.router_replay = 'trainer': repeats the choices of the weights at the start of a batch, and with "
+                "loop.updates_per_batch = 1 there are no others; raise that, or set router_replay = 'off'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_can_travel(self) -> TrainConfig:
         if self.trainer.device == "cpu" and self.rollout.sync_backend == "nccl":
             raise ValueError(
@@ -339,6 +380,15 @@ class SftConfig(_RunConfig):
     """Steps between checkpoints; 0: at the end only."""
     step_timeout_s: Seconds = 3600
     """Longest wait for one optimizer step."""
+
+    @model_validator(mode="after")
+    def _demonstrations_have_no_rollout(self) -> SftConfig:
+        if self.trainer.router_replay != "off":
+            raise ValueError(
+                f"trainer.router_replay = '{self.trainer.router_replay}': demonstrations carry no expert choices and are used "
+                "for one update; set it to 'off'"
+            )
+        return self
 
 
 C = TypeVar("C", bound=_RunConfig)

@@ -146,7 +146,9 @@ def plan(
     granule = _granule(layout)
     length = np.array([_up(len(s.token_ids) - 1, alignment(layout)) for s in sequences], np.int64)
     budget = max_tokens // granule * granule
-    num_bins = _up(len(_first_fit(length, budget)), layout.data)
+    # Interleaved pipeline stages work on groups of as many microbatches as there are stages.
+    group = layout.pipeline if layout.virtual_pipeline > 1 else 1
+    num_bins = _up(len(_first_fit(length, budget)), layout.data * group)
     tightest, packed = _tightest(length, num_bins, budget, granule)
     if uniform:
         budget = min(budget, tightest + int(tightest * UNIFORM_SLACK) // granule * granule)

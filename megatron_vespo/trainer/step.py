@@ -29,7 +29,7 @@ from megatron_vespo.trainer.layout import (
 )
 from megatron_vespo.trainer.optimizer import Optimizer
 from megatron_vespo.trainer.outputs import RankOutput
-from megatron_vespo.trainer.packing import Microbatch, plan
+from megatron_vespo.trainer.packing import Microbatch, crossover_tokens, plan
 from megatron_vespo.trainer.phases import Phases
 from megatron_vespo.trainer.reference import Reference
 from megatron_vespo.types import RunError, TrainSequence, Update
@@ -60,13 +60,16 @@ class TrainerRank:
 
         from megatron_vespo.trainer.hf_weights import Export, load_hf
         from megatron_vespo.trainer.logprobs import Head
-        from megatron_vespo.trainer.model import build_model
+        from megatron_vespo.trainer.model import build_model, token_dispatcher
 
         self.shape = read_model_shape(model)
         check_layout(cfg.layout, self.shape)
         self._cfg, self._source, self._algorithm = cfg, model, algorithm
         self._num_steps, self._updates_per_batch = 0, updates_per_batch
         self._between_updates = False
+        self._crossover = crossover_tokens(self.shape)
+        # Pipeline stages receive activations of one shape, and ranks that gather each other's tokens equal parts.
+        self._uniform = cfg.layout.pipeline > 1 or token_dispatcher(cfg) == "allgather"
         self.groups = init_process_groups(
             cfg.layout, place, device=cfg.device, timeout_s=cfg.collective_timeout_s
         )
@@ -213,8 +216,13 @@ class TrainerRank:
         return [self._work(sequences, slice(i * each, (i + 1) * each)) for i in range(parts)]
 
     def _work(self, sequences: Sequence[TrainSequence], share: slice) -> Work:
-        layout = self._cfg.layout
-        ranks = plan(sequences[share], layout, max_tokens=self._cfg.max_tokens_per_microbatch)
+        ranks = plan(
+            sequences[share],
+            self._cfg.layout,
+            max_tokens=self._cfg.max_tokens_per_microbatch,
+            uniform=self._uniform,
+            crossover=self._crossover,
+        )
         weight = np.zeros(len(sequences))
         lengths = [s.num_response_tokens for s in sequences[share]]
         weight[share] = token_weights(lengths, self._algorithm.aggregation)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from ranks import Pool
 
-from megatron_vespo.config import LayoutConfig, OptimizerConfig, TrainerConfig
+from megatron_vespo.config import AlgorithmConfig, LayoutConfig, OptimizerConfig, TrainerConfig
 from megatron_vespo.types import TrainSequence
 
 VOCAB = 272
+VESPO = AlgorithmConfig(name="vespo")
 
 
 @pytest.fixture(scope="session")
@@ -32,12 +35,31 @@ def pool():
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def moderate_batch(pool, tiny_moe):
+    """Six ragged sequences whose log W lie within 1 nat of 0, so that no gradient is small."""
+    batch = make_batch(6)
+    scored = pool.grid(trainer_config(), tiny_moe).score(batch)
+    noise = np.random.default_rng(0)
+    return [
+        replace(s, behavior_logp=x.logp + 0.1 * noise.standard_normal(len(x.logp)).astype(np.float32))
+        for s, x in zip(batch, scored, strict=True)
+    ]
+
+
+def largest_gap(a: dict, b: dict) -> float:
+    """Between two sets of tensors with the same names."""
+    assert a.keys() == b.keys()
+    return max(float(np.abs(a[name] - b[name]).max()) for name in a)
+
+
 def trainer_config(*, max_tokens=512, optimizer=None, **layout) -> TrainerConfig:
     return TrainerConfig(
         device="cpu",
         dtype="float32",
         layout=LayoutConfig(**layout),
-        optimizer=OptimizerConfig(learning_rate=1e-3, **({"distributed": False} | (optimizer or {}))),
+        # An eps of the size of gradients keeps Adam's first steps from amplifying their noise.
+        optimizer=OptimizerConfig(**({"learning_rate": 1e-3, "eps": 1e-2, "distributed": False} | (optimizer or {}))),
         max_tokens_per_microbatch=max_tokens,
         logprob_chunk_tokens=16,
         collective_timeout_s=60,

@@ -149,9 +149,10 @@ class _Worker:
         from megatron_vespo.trainer.hf_weights import Export
 
         trainer = self.trainer
-        trainer._ddp.zero_grad_buffer()
-        trainer._run(sequences, 0, train=True, capture_experts=False)
-        export = Export(_Gradients(trainer.model), trainer.shape, trainer.groups)
+        trainer._optimizer.zero_grad()
+        (work,) = trainer._works(sequences)
+        trainer._run(work, train=True, records=False)
+        export = Export(list(map(_Gradients, trainer.chunks)), trainer.shape, trainer.groups)
         return {name: tensor.numpy().copy() for name, tensor in export.run()}
 
     def save_hf(self, directory) -> None:
@@ -190,14 +191,14 @@ class _Worker:
         import torch
 
         with torch.no_grad():
-            for name, parameter in self.trainer.model.named_parameters():
+            for name, parameter in self.trainer.chunks[-1].named_parameters():
                 if name == "decoder.final_layernorm.weight":
                     parameter.fill_(value)
 
     def poison_output(self, context: int) -> None:
         """From now on the last output of the first row is not a number on this context rank."""
         if self.trainer.groups.at.context == context:
-            self.trainer.model.register_forward_hook(_without_last_output)
+            self.trainer.chunks[-1].register_forward_hook(_without_last_output)
 
 
 def _without_last_output(model, inputs, hidden):

@@ -74,6 +74,7 @@ SHAPE_FIELDS = {
     "kv_channels": "head_dim",
     "ffn_hidden_size": "ffn_size",
     "layernorm_epsilon": "norm_eps",
+    "qk_layernorm": "qk_norm",
 }
 MOE_SHAPE_FIELDS = {
     "num_moe_experts": "num_experts",
@@ -218,7 +219,6 @@ def _hidden_states_instead_of_logits(hidden: Tensor, **_: Any) -> tuple[Tensor, 
 
 def _model_fields(shape: ModelShape) -> dict[str, Any]:
     fields = {name: getattr(shape, ours) for name, ours in SHAPE_FIELDS.items()} | ARCHITECTURE
-    fields["qk_layernorm"] = shape.qk_norm
     if shape.num_experts:
         fields |= {name: getattr(shape, ours) for name, ours in MOE_SHAPE_FIELDS.items()} | MOE_ARCHITECTURE
         # softmax over the chosen logits == renormalized top-k

@@ -59,7 +59,9 @@ def trainer_config(*, max_tokens=512, optimizer=None, **layout) -> TrainerConfig
         dtype="float32",
         layout=LayoutConfig(**layout),
         # An eps of the size of gradients keeps Adam's first steps from amplifying their noise.
-        optimizer=OptimizerConfig(**({"learning_rate": 1e-3, "eps": 1e-2, "distributed": False} | (optimizer or {}))),
+        optimizer=OptimizerConfig(
+            **({"learning_rate": 1e-3, "eps": 1e-2, "distributed": False} | (optimizer or {}))
+        ),
         max_tokens_per_microbatch=max_tokens,
         logprob_chunk_tokens=16,
         collective_timeout_s=60,

@@ -195,16 +195,16 @@ class _Worker:
                 if name == "decoder.final_layernorm.weight":
                     parameter.fill_(value)
 
-    def poison_output(self, context: int) -> None:
-        """From now on the last output of the first row is not a number on this context rank."""
+    def poison_output(self, context: int, token: int) -> None:
+        """From now on the output for one packed token is not a number on this context rank."""
+
+        def poisoned(model, inputs, hidden):
+            hidden = hidden.clone()
+            hidden[token, 0] = float("nan")
+            return hidden
+
         if self.trainer.groups.at.context == context:
-            self.trainer.chunks[-1].register_forward_hook(_without_last_output)
-
-
-def _without_last_output(model, inputs, hidden):
-    hidden = hidden.clone()
-    hidden[-1, 0] = float("nan")
-    return hidden
+            self.trainer.chunks[-1].register_forward_hook(poisoned)
 
 
 class _Gradients:

@@ -100,7 +100,9 @@ def test_the_distributed_optimizer_takes_the_same_steps(pool, tiny_moe, moderate
     assert largest_gap(grid.weights(), weights) < 2e-6
 
 
-@pytest.mark.parametrize("axes", [{"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"data": 2}], ids=named)
+@pytest.mark.parametrize(
+    "axes", [{"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"data": 2}], ids=named
+)
 def test_a_batch_of_fewer_sequences_than_slots_is_filled_with_dummies_that_count_for_nothing(
     pool, tiny_moe, moderate_batch, axes
 ):

@@ -38,7 +38,9 @@ def replayed_on_one_rank(pool, tiny_moe, foreign_batch):
     return grid.gradients(foreign_batch), grid.step(foreign_batch)
 
 
-def test_gradients_under_replay_are_those_of_transformers_with_the_same_experts(pool, tiny_moe, foreign_batch):
+def test_gradients_under_replay_are_those_of_transformers_with_the_same_experts(
+    pool, tiny_moe, foreign_batch
+):
     model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32, attn_implementation="eager")
     total = sum(s.num_response_tokens for s in foreign_batch)
     for s in foreign_batch:
@@ -134,7 +136,9 @@ def test_replay_of_the_trainers_own_choices_holds_them_through_the_updates_on_a_
     (engine, engine_weights), (trainer, weights), (_, free) = results.values()
     np.testing.assert_allclose(trainer.log_w, engine.log_w, atol=1e-4)
     assert largest_gap(weights, engine_weights) < 1e-4
-    assert largest_gap(weights, free) > 1e-3, "the second update chose the same experts anyway: the test shows nothing"
+    assert largest_gap(weights, free) > 1e-3, (
+        "the second update chose the same experts anyway: the test shows nothing"
+    )
 
 
 def without_experts(s):
@@ -169,7 +173,10 @@ def with_a_row_of_zeros(s):
         (with_fewer_layers, r"sequence prompt-1: expert choices have shape \[\d+, 3, 2\], expected"),
         (with_a_sentinel, r"sequence prompt-1: expert choices lie in -1 \.\. \d, expected 0 \.\. 7"),
         (with_an_unknown_expert, r"sequence prompt-1: expert choices lie in \d \.\. 8, expected 0 \.\. 7"),
-        (with_a_row_of_zeros, "sequence prompt-1: a row of expert choices names one expert twice, at step 4 on rank"),
+        (
+            with_a_row_of_zeros,
+            "sequence prompt-1: a row of expert choices names one expert twice, at step 4 on rank",
+        ),
     ],
 )
 def test_unusable_choices_are_refused_on_every_rank_and_change_no_weight(
@@ -184,20 +191,30 @@ def test_unusable_choices_are_refused_on_every_rank_and_change_no_weight(
 
 
 def test_a_frozen_router_keeps_its_weights_and_everything_else_learns(pool, tiny_moe, moderate_batch):
-    cfg = trainer_config(pipeline=2, optimizer={"distributed": True}).model_copy(update={"freeze_router": True})
+    cfg = trainer_config(pipeline=2, optimizer={"distributed": True}).model_copy(
+        update={"freeze_router": True}
+    )
     grid = pool.grid(cfg, tiny_moe, algorithm=VESPO)
     before = grid.weights()
     grid.step(moderate_batch)
     changed = {name for name, weight in grid.weights().items() if not np.array_equal(weight, before[name])}
     routers = {name for name in before if name.endswith("mlp.gate.weight")}
     assert len(routers) == 4 and not changed & routers
-    assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} >= {"q_proj", "lm_head", "gate_proj"}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} >= {
+        "q_proj",
+        "lm_head",
+        "gate_proj",
+    }
 
 
-@pytest.mark.parametrize("axes", [{"tensor": 2}, {"context": 2}, {"pipeline": 2}, {"tensor": 2, "context": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{"tensor": 2}, {"context": 2}, {"pipeline": 2}, {"tensor": 2, "context": 2}], ids=str
+)
 def test_the_load_balancing_loss_has_one_gradient_in_every_layout(pool, tiny_moe, axes):
     """Of one microbatch, as it is defined; upstream's is 1 / (tensor * context) of it (measured, see docs)."""
-    batch = [replace(s, token_ids=s.token_ids[:25], advantage=0.0) for s in make_batch(12) if len(s.token_ids) > 24]
+    batch = [
+        replace(s, token_ids=s.token_ids[:25], advantage=0.0) for s in make_batch(12) if len(s.token_ids) > 24
+    ]
     assert len(batch) > 1, "several segments"
 
     def gradients(**axes):

@@ -1,103 +1,25 @@
-"""The trainer's step on real ranks: every layout computes what one rank, and transformers, compute.
-
-The scaling rule proved here is "sum, never average": gradients do not depend on data, tensor, pipeline, context or
-expert ranks, nor on microbatches, order or padding. Not covered: CUDA, Transformer Engine, expert_tensor > 1 with
-expert > 1 (refused on gloo).
-"""
+"""What happens with one batch, on real ranks: agreement with transformers, known answers, several updates, failures."""
 
 from __future__ import annotations
 
 import itertools
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch, trainer_config
+from conftest import VESPO, largest_gap, make_batch, trainer_config
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_vespo.config import AlgorithmConfig, ConfigError
 from megatron_vespo.types import RunError
-
-VESPO = AlgorithmConfig(name="vespo")
-LAYOUTS = [
-    {"tensor": 2},
-    {"pipeline": 2},
-    {"expert": 2, "data": 2},
-    {"data": 2},
-    {"context": 2},
-    {"tensor": 2, "context": 2},
-    {"tensor": 2, "pipeline": 2, "expert": 2},
-    {"pipeline": 4},
-    {"data": 4, "expert": 2},
-    {"tensor": 2, "data": 2, "expert": 2},
-    {"context": 2, "data": 2, "expert": 2},
-]
 
 
 @pytest.fixture(scope="module")
 def batch():
     return make_batch(6, behavior_noise=0.05)
-
-
-@pytest.fixture(scope="module")
-def one_rank(pool, tiny_moe, batch):
-    grid = pool.grid(trainer_config(), tiny_moe, algorithm=VESPO)
-    return grid.gradients(batch), grid.step(batch), grid.weights()
-
-
-def largest_gap(a: dict, b: dict) -> float:
-    assert a.keys() == b.keys()
-    return max(float(np.abs(a[name] - b[name]).max()) for name in a)
-
-
-@pytest.mark.parametrize("axes", LAYOUTS, ids=str)
-def test_every_layout_gives_the_gradients_and_numbers_of_one_rank(pool, tiny_moe, batch, one_rank, axes):
-    gradients, step, weights = one_rank
-    grid = pool.grid(trainer_config(**axes), tiny_moe, algorithm=VESPO)
-    assert largest_gap(grid.gradients(batch), gradients) < 1e-6
-    got = grid.step(batch)
-    for a, b in zip(got.scored, step.scored, strict=True):
-        np.testing.assert_allclose(a.logp, b.logp, atol=1e-5)
-        np.testing.assert_allclose(a.entropy, b.entropy, atol=1e-5)
-        np.testing.assert_array_equal(np.sort(a.experts), np.sort(b.experts))
-    np.testing.assert_allclose(got.log_w, step.log_w, atol=1e-5)
-    np.testing.assert_allclose(got.coefficient, step.coefficient, rtol=1e-4)
-    assert got.loss == pytest.approx(step.loss, abs=1e-6)
-    assert got.grad_norm == pytest.approx(step.grad_norm, rel=1e-5)
-    assert (
-        largest_gap(grid.weights(), weights) < 1e-4
-    )  # Adam's first step amplifies 1e-8 noise of tiny gradients
-
-
-@pytest.mark.parametrize(
-    "axes",
-    [
-        {"data": 2, "expert": 2},
-        {"tensor": 2, "pipeline": 2, "expert": 2},
-        {"context": 2},
-        {"data": 4, "expert": 2},
-    ],
-    ids=str,
-)
-def test_the_distributed_optimizer_takes_the_same_step(pool, tiny_moe, batch, one_rank, axes):
-    _, step, weights = one_rank
-    grid = pool.grid(trainer_config(optimizer={"distributed": True}, **axes), tiny_moe, algorithm=VESPO)
-    assert grid.step(batch).grad_norm == pytest.approx(step.grad_norm, rel=1e-5)
-    assert largest_gap(grid.weights(), weights) < 1e-4
-
-
-@pytest.mark.parametrize("axes", [{}, {"pipeline": 2}, {"data": 2, "expert": 2}], ids=str)
-def test_microbatches_and_order_change_no_gradient(pool, tiny_moe, batch, one_rank, axes):
-    grid = pool.grid(trainer_config(max_tokens=32, **axes), tiny_moe, algorithm=VESPO)
-    assert largest_gap(grid.gradients(batch[::-1]), one_rank[0]) < 1e-6
-
-
-def test_recomputation_changes_nothing_and_experts_are_captured_once(pool, tiny_moe, batch, one_rank):
-    cfg = trainer_config(max_tokens=64, pipeline=2).model_copy(update={"recompute": True})
-    grid = pool.grid(cfg, tiny_moe, algorithm=VESPO)
-    assert largest_gap(grid.gradients(batch), one_rank[0]) < 1e-6
-    for a, b in zip(grid.step(batch).scored, one_rank[1].scored, strict=True):
-        np.testing.assert_array_equal(np.sort(a.experts), np.sort(b.experts))
 
 
 # ------------------------------------------------------------------------------- against transformers
@@ -218,10 +140,151 @@ def test_supervised_steps_raise_the_likelihood_of_the_demonstrations(pool, tiny_
     assert losses[0] - losses[-1] > 0.5
 
 
-def test_the_learning_rate_rises_linearly_and_then_stays(pool, tiny_dense, batch):
-    grid = pool.grid(trainer_config(optimizer={"warmup_steps": 4}), tiny_dense)
-    rates = [grid.step(batch, i).learning_rate for i in (0, 1, 3, 9)]
-    assert rates == pytest.approx([0.25e-3, 0.5e-3, 1e-3, 1e-3])
+# ------------------------------------------------------------------------------------ several updates
+
+
+@pytest.mark.parametrize("axes", [{}, {"pipeline": 2, "data": 2, "max_tokens": 64}], ids=str)
+def test_two_updates_on_a_batch_are_two_steps_on_its_halves(pool, tiny_moe, moderate_batch, axes):
+    halves = moderate_batch[:3], moderate_batch[3:]
+    apart = pool.grid(trainer_config(**axes), tiny_moe, algorithm=VESPO)
+    steps = [apart.step(half, i) for i, half in enumerate(halves)]
+    together = pool.grid(trainer_config(**axes), tiny_moe, algorithm=VESPO, updates_per_batch=2)
+    start = together.score(moderate_batch)
+    both = together.step(moderate_batch)
+    assert largest_gap(together.weights(), apart.weights()) < 1e-6
+    assert [u.grad_norm for u in both.updates] == pytest.approx([s.grad_norm for s in steps], rel=1e-4)
+    assert [u.loss for u in both.updates] == pytest.approx([s.loss for s in steps], abs=1e-5)
+    np.testing.assert_allclose(both.log_w, np.concatenate([s.log_w for s in steps]), atol=1e-5)
+    # reported are the log-probs of the batch's start, while log W is that of each sequence's own update
+    for a, b in zip(both.scored, start, strict=True):
+        np.testing.assert_allclose(a.logp, b.logp, atol=1e-6)
+    drift = [
+        w - (x.logp - s.behavior_logp).sum()
+        for w, x, s in zip(both.log_w, start, moderate_batch, strict=True)
+    ]
+    assert np.abs(drift[:3]).max() < 1e-4 < np.abs(drift[3:]).max()
+
+
+def test_the_learning_rate_counts_updates(pool, tiny_dense, batch):
+    cfg = trainer_config(optimizer={"warmup_steps": 4})
+    grid = pool.grid(cfg, tiny_dense, updates_per_batch=2)
+    rates = [u.learning_rate for i in (0, 1, 7) for u in grid.step(batch, i).updates]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(pool, tiny_dense, batch):
+    grid = pool.grid(trainer_config(), tiny_dense, updates_per_batch=4)
+    with pytest.raises(RunError, match="batch = 6 sequences: cannot be divided into 4 equal shares"):
+        grid.step(batch)
+
+
+def test_weights_between_two_updates_are_of_no_version(pool, tiny_dense, batch):
+    grid = pool.grid(trainer_config(data=2), tiny_dense, updates_per_batch=2)
+    spoiled = [*batch[:3], replace(batch[3], advantage=1e308), *batch[4:]]
+    with pytest.raises(RunError, match="this update changed no weight"):
+        grid.step(spoiled)
+    with pytest.raises(
+        RunError, match=r"weights of rank 0 \(dp 0\) = part of the updates of step 0: of no version"
+    ):
+        grid.call("num_steps")
+
+
+# ------------------------------------------------------------------------------------ the reference
+
+
+@pytest.mark.parametrize("axes", [{}, {"tensor": 2, "pipeline": 2, "expert": 2, "max_tokens": 64}], ids=str)
+def test_the_penalty_pulls_towards_the_reference_with_the_gradient_of_transformers(
+    pool, tiny_moe, batch, axes, tmp_path
+):
+    """Advantage 0 leaves the penalty alone: the mean over response tokens of exp(r) - r - 1, r = reference - policy."""
+    other = spoiled_copy(tiny_moe, tmp_path)
+    batch = [replace(s, advantage=0.0) for s in batch]
+    algorithm = AlgorithmConfig(name="reinforce", kl_coeff=0.5, reference=other)
+    grid = pool.grid(trainer_config(**axes), tiny_moe, algorithm=algorithm)
+    before = grid.weights()
+    expected_kl, gradients = hf_penalty(tiny_moe, other, batch)
+    gradients = {name: 0.5 * gradient for name, gradient in gradients.items()}
+    step = grid.step(batch)
+    assert step.updates[0].kl == pytest.approx(expected_kl, rel=1e-4) and expected_kl > 1e-3
+    assert step.loss == pytest.approx(0.5 * expected_kl, rel=1e-4)
+    norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradients.values()))
+    assert step.grad_norm == pytest.approx(norm, rel=1e-4)
+    moved = grid.weights()
+    name = "model.layers.1.self_attn.o_proj.weight"
+    downhill = -gradients[name] / (np.abs(gradients[name]) + 1e-2) * 1e-3  # Adam's first step, eps = 1e-2
+    decay = 1 - 1e-3 * 0.01
+    np.testing.assert_allclose(moved[name], before[name] * decay + downhill, atol=2e-6)
+
+
+def spoiled_copy(source, target):
+    """The same architecture with other weights."""
+    shutil.copytree(source, target / "other")
+    file = target / "other" / "model.safetensors"
+    rng = np.random.default_rng(0)
+    weights = {n: w + 0.01 * rng.standard_normal(w.shape).astype(w.dtype) for n, w in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    return target / "other"
+
+
+def hf_penalty(policy, reference, batch):
+    models = [AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32) for d in (policy, reference)]
+    total, loss = sum(s.num_response_tokens for s in batch), torch.tensor(0.0)
+    for s in batch:
+        ids = torch.from_numpy(s.token_ids[None].astype(np.int64))
+        logp, ref = (
+            m(ids)
+            .logits[0, s.num_prompt_tokens - 1 : -1]
+            .log_softmax(-1)
+            .gather(1, ids[0, s.num_prompt_tokens :, None])
+            for m in models
+        )
+        r = ref.detach() - logp
+        loss = loss + (r.exp() - r - 1).sum() / total
+    loss.backward()
+    return loss.item(), dict(unfused(models[0]))
+
+
+def test_a_reference_equal_to_the_policy_costs_nothing_at_the_start(pool, tiny_moe, batch):
+    algorithm = AlgorithmConfig(name="reinforce", kl_coeff=0.5)
+    grid = pool.grid(trainer_config(), tiny_moe, algorithm=algorithm)
+    plain = pool.grid(trainer_config(), tiny_moe, algorithm=AlgorithmConfig(name="reinforce"))
+    expected = plain.step(batch)
+    weights = plain.weights()
+    grid = pool.grid(trainer_config(), tiny_moe, algorithm=algorithm)
+    assert grid.step(batch).updates[0].kl == pytest.approx(0.0, abs=1e-9)
+    assert largest_gap(grid.weights(), weights) < 1e-7
+    assert grid.step(batch, 1).updates[0].kl > 0 and expected.updates[0].kl is None
+
+
+def test_a_reference_of_another_architecture_is_refused(pool, tiny_moe, tiny_dense):
+    algorithm = AlgorithmConfig(name="reinforce", kl_coeff=0.5, reference=tiny_dense)
+    with pytest.raises(
+        ConfigError, match=r"algorithm\.reference = .* describes another model than the policy's"
+    ):
+        pool.grid(trainer_config(), tiny_moe, algorithm=algorithm)
+
+
+# ------------------------------------------------------------------------------------ other numbers
+
+
+def test_the_mass_of_the_most_likely_tokens_is_that_of_transformers(pool, tiny_moe, batch):
+    cfg = trainer_config(tensor=2, pipeline=2).model_copy(update={"logprob_top_k": 5})
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
+    for s, scored in zip(batch, pool.grid(cfg, tiny_moe).score(batch), strict=True):
+        logits = model(torch.from_numpy(s.token_ids[None].astype(np.int64))).logits[
+            0, s.num_prompt_tokens - 1 : -1
+        ]
+        mass = logits.softmax(-1).topk(5).values.sum(-1).detach().numpy()
+        np.testing.assert_allclose(scored.top_k_mass, mass, atol=1e-6)
+
+
+def test_time_and_memory_are_told_by_phase(pool, tiny_dense, batch):
+    algorithm = AlgorithmConfig(name="reinforce", kl_coeff=0.1)
+    step = pool.grid(trainer_config(), tiny_dense, algorithm=algorithm, updates_per_batch=2).step(batch)
+    phases = {"forward", "reference", "forward_backward", "optimizer"}
+    assert step.time_s.keys() == step.memory_bytes.keys() == phases
+    assert all(seconds > 0 for seconds in step.time_s.values())
+    assert all(num_bytes > 50e6 for num_bytes in step.memory_bytes.values())
 
 
 def test_a_step_without_capture_reports_no_experts(pool, tiny_moe, batch):
@@ -243,7 +306,7 @@ def test_a_non_finite_log_prob_names_sequence_step_and_rank_and_changes_no_weigh
         grid.step(batch, 7)
     with pytest.raises(RunError, match="its log-prob is not finite, found while scoring") as scoring:
         grid.score(batch)
-    assert "no weight was changed" not in str(scoring.value)
+    assert "changed no weight" not in str(scoring.value)
     grid.call("poison", 1.0)  # what the tiny model has there
     assert largest_gap(grid.weights(), before) == 0.0
     assert np.isfinite(grid.step(batch, 8).loss)  # the ranks are still in step with one another
@@ -253,7 +316,7 @@ def test_a_non_finite_log_prob_names_sequence_step_and_rank_and_changes_no_weigh
     ("advantage", "message"),
     [
         (1e308, r"sequence prompt-\d: its loss is not finite, at step 3"),
-        (1e150, "gradient norm = (inf|nan) at step 3"),
+        (1e150, "gradient norm = (inf|nan) at update 3"),
     ],
 )
 @pytest.mark.parametrize(("kind", "axes"), [("tiny_moe", {"data": 2, "expert": 2}), ("tiny_dense", {})])
@@ -269,7 +332,7 @@ def test_overflow_of_the_loss_or_of_the_gradient_stops_before_the_update(
 
 
 def test_the_rank_with_the_log_prob_is_named_and_not_one_that_sees_only_its_sequence(pool, tiny_moe):
-    """The last of 8 inputs is the first context rank's; the second one sees it through log W, without its token."""
+    """The last of 8 inputs is the first context rank's fourth; the second one sees it through log W, without its token."""
     long, short = make_batch(2, behavior_noise=0.05)
     long = replace(
         long,
@@ -286,7 +349,7 @@ def test_the_rank_with_the_log_prob_is_named_and_not_one_that_sees_only_its_sequ
         behavior_logp=np.full(3, -5.0, np.float32),
     )
     grid = pool.grid(trainer_config(context=2), tiny_moe, algorithm=VESPO)
-    grid.call("poison_output", 0)
+    grid.call("poison_output", 0, 3)
     with pytest.raises(
         RunError, match=r"sequence prompt-0: its log-prob is not finite, at step 3 on rank 0 \(cp 0\)"
     ):
@@ -354,9 +417,10 @@ def test_every_field_that_the_trainer_sets_is_refused_or_a_performance_switch(ti
     model.check_overrides(cfg.model_copy(update={"megatron": model._switches(cfg, shape)}))
 
 
-def test_a_megatron_field_reaches_the_model(pool, tiny_moe, batch, one_rank):
+def test_a_megatron_field_reaches_the_model(pool, tiny_moe, moderate_batch):
+    plain = pool.grid(trainer_config(), tiny_moe, algorithm=VESPO).step(moderate_batch).loss
     cfg = trainer_config().model_copy(update={"megatron": {"moe_router_topk_scaling_factor": 2.0}})
-    assert abs(pool.grid(cfg, tiny_moe, algorithm=VESPO).step(batch).loss - one_rank[1].loss) > 1e-4
+    assert abs(pool.grid(cfg, tiny_moe, algorithm=VESPO).step(moderate_batch).loss - plain) > 1e-3
 
 
 def test_transformer_engine_by_name_is_refused_on_cpu(pool, tiny_moe):

@@ -45,6 +45,7 @@ class PolicySpec:
     algorithm: AlgorithmConfig
     temperature: float
     seed: int
+    updates_per_batch: int = 1
 
 
 @ray.remote
@@ -69,7 +70,13 @@ class RankActor:
     def start(self, spec: PolicySpec, place: Place) -> None:
         """Join the other ranks and load the model."""
         self._rank = TrainerRank(
-            spec.cfg, spec.model, spec.algorithm, temperature=spec.temperature, seed=spec.seed, place=place
+            spec.cfg,
+            spec.model,
+            spec.algorithm,
+            temperature=spec.temperature,
+            seed=spec.seed,
+            place=place,
+            updates_per_batch=spec.updates_per_batch,
         )
 
     def connect(self, engine_url: str, model: Path, cfg: RolloutConfig) -> None:
@@ -106,7 +113,7 @@ class RankActor:
                 pass
 
     def num_steps(self) -> int:
-        """Optimizer steps in this rank's weights."""
+        """Batches whose updates are in this rank's weights."""
         return self._rank.num_steps
 
     def save(self, directory: Path, version: int, state: Mapping[str, Any]) -> None:
@@ -223,7 +230,7 @@ class TrainerGroup:
         await self._all("save_hf", directory.resolve())
 
     async def versions(self) -> list[int]:
-        """Optimizer steps in every rank's weights.
+        """Batches whose updates are in every rank's weights.
 
         Raises:
             RunError: a rank does not answer.  After the failure of a rank the others may hang in a collective that

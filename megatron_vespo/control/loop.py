@@ -46,7 +46,8 @@ async def train(
             groups = await clock.lap("wait", buffer.take(), buffer.progress)
             if not groups:
                 break
-            batch = [to_train_sequence(rollout) for group in groups for rollout in group.rollouts]
+            replays = cfg.trainer.router_replay == "engine"
+            batch = [to_train_sequence(rollout, replays) for group in groups for rollout in group.rollouts]
             # 2. log mu_v of the same tokens, beside the step on version v: ascend E[ phi(W) A grad log pi_v ]
             rescoring = tasks.create_task(rescore(batch, engine, cfg.loop.rescored_sequences))
             output = await clock.lap("train", trainer.step(batch))
@@ -106,8 +107,8 @@ async def rescore(batch: Sequence[TrainSequence], engine: Engine, num: int | Non
     return [score_of.get(i) for i in range(len(batch))]
 
 
-def to_train_sequence(rollout: Rollout) -> TrainSequence:
-    """The rollout as the trainer sees it."""
+def to_train_sequence(rollout: Rollout, replays_experts: bool) -> TrainSequence:
+    """The rollout as the trainer sees it; the engine's expert choices go along only where they are repeated."""
     prompt, response = rollout.prompt, rollout.response
     return TrainSequence(
         uid=prompt.uid,
@@ -115,4 +116,5 @@ def to_train_sequence(rollout: Rollout) -> TrainSequence:
         num_prompt_tokens=len(prompt.token_ids),
         advantage=rollout.advantage,
         behavior_logp=response.behavior_logp,
+        experts=response.experts if replays_experts else None,
     )

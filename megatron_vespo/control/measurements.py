@@ -50,14 +50,34 @@ def step_metrics(
                 if theirs is not None
             ]
         ),
-        "optim/loss": output.loss,
-        "optim/grad_norm": output.grad_norm,
-        "optim/learning_rate": output.learning_rate,
+        **optimizer_metrics(output),
         **{f"time/train_{part}_s": seconds for part, seconds in output.time_s.items()},
         **{f"time/sync_{part}_s": seconds for part, seconds in sync.time_s.items()},
         "sync/bytes": sync.num_bytes,
         "sync/canary_abs_max_nats": sync.canary_abs_max,
     }
+
+
+def optimizer_metrics(output: StepOutput) -> Metrics:
+    """The updates on one batch, and what they took; with several, lists hold one number for each."""
+    updates = output.updates
+    metrics: Metrics = {
+        "optim/loss": output.loss,
+        "optim/grad_norm": output.grad_norm,
+        "optim/learning_rate": output.learning_rate,
+        "optim/num_updates": len(updates),
+        "packing/microbatches": sum(update.num_microbatches for update in updates),
+        "packing/padding_fraction": float(np.mean([update.padding for update in updates])),
+        **{f"memory/train_{part}_bytes": num_bytes for part, num_bytes in output.memory_bytes.items()},
+    }
+    if len(updates) > 1:
+        metrics["optim/loss_updates"] = [update.loss for update in updates]
+        metrics["optim/grad_norm_updates"] = [update.grad_norm for update in updates]
+        metrics["algo/entropy_updates_nats"] = [update.entropy for update in updates]
+    kl = [update.kl for update in updates if update.kl is not None]
+    if kl:
+        metrics["algo/reference_kl_nats"] = float(np.mean(kl))
+    return metrics
 
 
 def _learning(rollouts: Sequence[Rollout]) -> Metrics:
@@ -94,6 +114,13 @@ def _weights(rollouts: Sequence[Rollout], output: StepOutput) -> Metrics:
         "algo/ess_fraction": effective_sample_fraction(log_w_B),
         "algo/entropy_nats": float(np.concatenate([_present(s.entropy) for s in output.scored]).mean()),
     }
+    masses = [s.top_k_mass for s in output.scored if s.top_k_mass is not None]
+    if masses:
+        metrics["algo/top_k_mass_mean"] = float(np.concatenate(masses).mean())
+    if len(output.updates) > 1:
+        drift_B = _update_nats(rollouts, output)
+        metrics["update/seq_nats_mean"] = float(drift_B.mean())
+        metrics["update/seq_nats_abs_max"] = float(np.abs(drift_B).max())
     for key, chosen_B in (("pos", advantage_B > 0), ("neg", advantage_B < 0)):
         if chosen_B.any():  # a mean over no sequence is no number: the key is left out
             metrics[f"algo/phi_{key}_mean"] = float(phi_B[chosen_B].mean())
@@ -123,6 +150,14 @@ def _engines(seen: Sequence[Seen]) -> Metrics:
         "stale/seq_nats_std": float(stale_B.std()),
         **_experts(seen),
     }
+
+
+def _update_nats(rollouts: Sequence[Rollout], output: StepOutput) -> Doubles:
+    """[B] log pi_update - log pi_v: how far the updates before its own had moved the policy on each sequence."""
+    start = sequence_nats(
+        [scored.logp for scored in output.scored], [r.response.behavior_logp for r in rollouts]
+    )
+    return output.log_w - start
 
 
 def _experts(seen: Sequence[Seen]) -> Metrics:

@@ -223,12 +223,14 @@ async def _trainer(
     *,
     records: bool,
 ) -> AsyncIterator[TrainerGroup]:
+    rl = isinstance(cfg, TrainConfig)
     spec = PolicySpec(
         cfg=cfg.trainer,
         model=cfg.model.resolve(),
         algorithm=algorithm,
-        temperature=cfg.sampling.temperature if isinstance(cfg, TrainConfig) else 1.0,
+        temperature=cfg.sampling.temperature if rl else 1.0,
         seed=cfg.seed,
+        updates_per_batch=cfg.loop.updates_per_batch if rl else 1,
     )
     async with TrainerGroup(spec, run.checkpoints, run.logs, records_experts=records) as trainer:
         if start.version:

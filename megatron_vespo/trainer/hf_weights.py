@@ -90,14 +90,15 @@ def describe(name: str, *, first_layer: int, first_expert: int) -> Cut:
 def described(model: torch.nn.Module, shape: ModelShape, groups: Groups) -> Iterator[tuple[Cut, Tensor]]:
     """Every parameter of this rank with its cut.  `model` is the bare model, without DDP."""
     from megatron_vespo.trainer.layout import layers_of_chunk
+
     first_expert = groups.at.expert * (shape.num_experts // groups.layout.expert)
     for c, chunk in enumerate(model):
-      layers = layers_of_chunk(groups.layout, shape, groups.at.pipeline, c)
-      for name, parameter in chunk.named_parameters():
-        cut = describe(name, first_layer=layers[0], first_expert=first_expert)
-        if shape.tied_embeddings and cut.names == ("lm_head.weight",):
-            cut = _TOP["embedding.word_embeddings.weight"]  # the last stage's copy of the embedding
-        yield cut, parameter
+        layers = layers_of_chunk(groups.layout, shape, groups.at.pipeline, c)
+        for name, parameter in chunk.named_parameters():
+            cut = describe(name, first_layer=layers[0], first_expert=first_expert)
+            if shape.tied_embeddings and cut.names == ("lm_head.weight",):
+                cut = _TOP["embedding.word_embeddings.weight"]  # the last stage's copy of the embedding
+            yield cut, parameter
 
 
 def join(how: str, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:

@@ -151,10 +151,13 @@ def _chunks(length: int, size: int) -> list[slice]:
 
 
 from typing import NamedTuple
+
+
 class TokenStats(NamedTuple):
     logp: Tensor
     entropy: Tensor
     top_k_mass: Tensor | None
+
 
 def token_stats(*a):
     return TokenStats(*token_logp(*a), None)

@@ -61,7 +61,7 @@ OWNED = {
     "recompute_granularity": "set trainer.recompute",
     "recompute_method": "set trainer.recompute",
     "recompute_num_layers": "set trainer.recompute",
-    "moe_token_dispatcher_type": "set trainer.token_dispatcher",
+    "recompute_modules": "set trainer.recompute",
     "moe_router_pre_softmax": "the model's config.json says it",
 }
 """TransformerConfig fields that trainer.megatron may not override, and why, beside the tables below."""
@@ -132,8 +132,9 @@ def transformer_config(cfg: TrainerConfig, shape: ModelShape) -> TransformerConf
     """
     check_overrides(cfg)
     fields = _model_fields(shape) | _numeric_fields(cfg) | _layout_fields(cfg) | _switches(cfg, shape)
+    fields |= _recompute_fields(cfg, shape)
     if shape.num_experts:
-        fields |= _moe_loss_fields(cfg)
+        fields |= _moe_fields(cfg)
     return TransformerConfig(**(fields | cfg.megatron))
 
 
@@ -151,10 +152,10 @@ def check_overrides(cfg: TrainerConfig) -> None:
         | MOE_ARCHITECTURE
         | _numeric_fields(cfg)
         | _layout_fields(cfg)
-        | _moe_loss_fields(cfg)
+        | _moe_fields(cfg)
     )
     owned = (
-        dict.fromkeys(ours, "the trainer sets it from the model, trainer.dtype and trainer.device") | OWNED
+        dict.fromkeys(ours, "the trainer sets it from the model and the configuration's own fields") | OWNED
     )
     for name in cfg.megatron:
         if reason := owned.get(name):
@@ -260,9 +261,10 @@ def _layout_fields(cfg: TrainerConfig) -> dict[str, Any]:
     }
 
 
-def _moe_loss_fields(cfg: TrainerConfig) -> dict[str, Any]:
+def _moe_fields(cfg: TrainerConfig) -> dict[str, Any]:
     balanced = cfg.moe_aux_loss_coeff > 0
     return {
+        "moe_token_dispatcher_type": token_dispatcher(cfg),
         "moe_router_load_balancing_type": "aux_loss" if balanced else "none",
         "moe_aux_loss_coeff": cfg.moe_aux_loss_coeff,  # step.py scales it for each update
     }
@@ -298,11 +300,10 @@ def _switches(cfg: TrainerConfig, shape: ModelShape) -> dict[str, Any]:
     }
     if shape.num_experts:
         fields |= {
-            "moe_token_dispatcher_type": token_dispatcher(cfg),
             "moe_grouped_gemm": engine,
             "moe_permute_fusion": engine,
         }
-    return fields | _recompute_fields(cfg, shape)
+    return fields
 
 
 # ------------------------------------------------------------------------------- the torch-only layer spec

@@ -58,6 +58,12 @@ def cost_ratios(ranks: Segments) -> tuple[float, float]:
     return costs.sum(1).max() / mean, costs.max(0).sum() / mean
 
 
+def price(ranks: Segments, lengths: Index) -> float:
+    """Cost of all turns, each as long as its most expensive microbatch / cost of the real inputs, split evenly."""
+    spent = sum(max(cost(mb) for mb in turn) for turn in zip(*ranks, strict=True))
+    return spent * len(ranks) / cost(lengths)
+
+
 def segments_of(
     ranks: list[list[Microbatch]], sequences: Sequence[TrainSequence], layout: LayoutConfig
 ) -> Segments:
@@ -125,10 +131,9 @@ NAIVE: dict[str, Callable[[Index, int, int], Segments]] = {
 
 def line(name: str, ranks: Segments, lengths: Index, took_s: float) -> str:
     worst_rank, turns = cost_ratios(ranks)
-    spent = sum(max(cost(mb) for mb in turn) for turn in zip(*ranks, strict=True))
     return (
         f"  {name:30s} {len(ranks[0]):4d} {padding_waste(ranks, int(lengths.sum())):8.2%} {worst_rank:7.4f} {turns:7.4f} "
-        f"{spent * len(ranks) / cost(lengths):9.3f} {took_s:7.2f}\n"
+        f"{price(ranks, lengths):9.3f} {took_s:7.2f}\n"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.packing import cost_ratios, draw_lengths, padding_waste, segments_of
+from benchmarks.packing import NAIVE, cost_ratios, draw_lengths, padding_waste, price, segments_of
 from megatron_vespo.config import LayoutConfig
 from megatron_vespo.trainer.hf_config import ModelShape
 from megatron_vespo.trainer.outputs import RankOutput, merge_scores
@@ -198,6 +198,8 @@ def test_the_benchmarks_goals_hold_for_a_smaller_batch(data, max_tokens, uniform
     assert ranks <= 1.02 and turns <= 1.03
     # Sequences of 16k in a budget of 16k make every uniform microbatch 16k long, and the number of them is whole.
     assert padding_waste(segments, int(lengths.sum())) <= (0.03 if uniform and max_tokens == 16384 else 0.01)
+    naive = [price(make(lengths, data, max_tokens), lengths) for make in NAIVE.values()]
+    assert price(segments, lengths) < min(naive)
 
 
 # ---------------------------------------------------------------------------------------------------- arrays

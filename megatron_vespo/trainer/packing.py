@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,9 @@ UNIFORM_SLACK = 1 / 400
 
 EVEN = 1 / 1000
 """Microbatches of one turn are even where the most expensive exceeds their mean by at most this share."""
+
+PARTNERS = 8
+"""Microbatches with which the most expensive one of a turn tries to exchange sequences."""
 
 EXCHANGES = 8
 """Per microbatch, after which evening out ends in any case: it bounds the time, and is rarely reached."""
@@ -96,25 +99,38 @@ def _up(number: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the sequences of the step ask for, and what a microbatch gives."""
+    """What the sequences of the step ask for, and what a microbatch gives; integers, so no order of sums matters."""
 
     length: Index
     """[B] padded inputs."""
-    cost: Index
-    """[B] in units of which a sequence of L inputs costs L * (A + L); integers, so that no order of sums matters."""
-    fixed_cost: int
-    """Of every microbatch, whatever it holds."""
     budget: int
     """Inputs of one microbatch, a multiple of the granule."""
+    uniform: bool
+    """Whether every microbatch is padded to the budget."""
+    crossover: int
     num_ranks: int
     num_bins: int
     """num_ranks * M"""
 
-    def tokens(self, bin_: Sequence[int]) -> int:
-        return int(self.length[bin_].sum()) if bin_ else 0
+    @functools.cached_property
+    def cost(self) -> Index:
+        """[B] what a sequence adds to its microbatch.
 
-    def load(self, bin_: Sequence[int]) -> int:
-        return self.fixed_cost + (int(self.cost[bin_].sum()) if bin_ else 0)
+        All but attention costs a uniform microbatch the same, whatever it holds.
+        """
+        return self.length * (self.length + (0 if self.uniform else self.crossover))
+
+    def tokens(self, bin_: list[int]) -> int:
+        return int(self.length[bin_].sum())
+
+    def load(self, bin_: list[int]) -> int:
+        """Cost of a microbatch, the attention of its tail padding included."""
+        load = int(self.cost[bin_].sum())
+        if self.uniform:
+            tail = self.budget - self.tokens(bin_)
+            last = int(self.length[bin_].min()) if bin_ else 0  # becomes last + tail
+            load += self.crossover * self.budget + tail * (tail + 2 * last)
+        return load
 
 
 def plan(
@@ -125,7 +141,7 @@ def plan(
     uniform: bool,
     crossover: int = CROSSOVER,
 ) -> list[list[Microbatch]]:
-    """Microbatches of each data rank, [data][M]: as few as the budget allows, the same number M for every rank.
+    """Microbatches of each data rank, [data][M]: as few as first fit finds, the same number M for every rank.
 
     Turn m of all data ranks together takes as long as its most expensive microbatch (ranks that exchange experts'
     tokens work in lock step), so turns are made even, and then the ranks' sums over all turns.  The plan depends
@@ -152,25 +168,14 @@ def plan(
     tightest, packed = _tightest(length, num_bins, budget, granule)
     if uniform:
         budget = min(budget, tightest + int(tightest * UNIFORM_SLACK) // granule * granule)
-    work = _Work(
-        length=length,
-        # Padding up to the uniform length costs what tokens cost, apart from attention.
-        cost=length * length if uniform else length * (crossover + length),
-        fixed_cost=crossover * budget if uniform else 0,
-        budget=budget,
-        num_ranks=layout.data,
-        num_bins=num_bins,
-    )
+    work = _Work(length, budget, uniform, crossover, num_ranks=layout.data, num_bins=num_bins)
     ranks = _deal(_best_turns(packed, work), work)
     lengths = [[_up(max(work.tokens(bin_), 1), granule) for bin_ in rank] for rank in ranks]
-    longest = max(max(rank) for rank in lengths)
+    if uniform:
+        lengths = [[max(map(max, lengths))] * len(rank) for rank in ranks]
     return [
-        [
-            # Longest first: tail padding belongs to the last segment, and costs least behind a short one.
-            Microbatch(tuple(sorted(bin_, key=lambda i: (-length[i], i))), longest if uniform else own)
-            for bin_, own in zip(rank, own_lengths, strict=True)
-        ]
-        for rank, own_lengths in zip(ranks, lengths, strict=True)
+        [Microbatch(_longest_first(bin_, length), num) for bin_, num in zip(rank, own, strict=True)]
+        for rank, own in zip(ranks, lengths, strict=True)
     ]
 
 
@@ -183,15 +188,16 @@ def _refuse_long(sequences: Sequence[TrainSequence], layout: LayoutConfig, max_t
             )
 
 
-def _longest_first(length: Index) -> list[int]:
-    return np.argsort(-length, kind="stable").tolist()
+def _longest_first(indices: Iterable[int], length: Index) -> tuple[int, ...]:
+    """Tail padding belongs to the last segment, and costs least behind a short one."""
+    return tuple(sorted(indices, key=lambda i: (-length[i], i)))
 
 
 def _first_fit(length: Index, budget: int) -> Bins:
     """First-fit decreasing: each sequence into the first microbatch that has room."""
     room = np.full(len(length), budget, np.int64)
     bins: Bins = []
-    for i in _longest_first(length):
+    for i in _longest_first(range(len(length)), length):
         first = int((room[: len(bins) + 1] >= length[i]).argmax())
         if first == len(bins):
             bins.append([])
@@ -203,7 +209,7 @@ def _first_fit(length: Index, budget: int) -> Bins:
 def _tightest(length: Index, num_bins: int, budget: int, granule: int) -> tuple[int, Bins]:
     """The smallest budget, to a thousandth, with which first-fit decreasing needs `num_bins` at most (MULTIFIT)."""
     low = _up(max(int(length.max()), math.ceil(length.sum() / num_bins)), granule)
-    high, packed, tried = budget, _first_fit(length, budget), low  # low often is enough
+    high, packed, tried = budget, _first_fit(length, budget), low
     while high - low > low // 1024:
         bins = _first_fit(length, tried)
         if len(bins) <= num_bins:
@@ -229,7 +235,7 @@ def _spread(work: _Work, load: Index) -> Bins | None:
     """Longest first, each into the microbatch with the least load that has room; None where one finds no room."""
     bins: Bins = [[] for _ in range(work.num_bins)]
     room, loads = np.full(work.num_bins, work.budget, np.int64), np.zeros(work.num_bins, np.int64)
-    for i in _longest_first(work.length):
+    for i in _longest_first(range(len(work.length)), work.length):
         least = int(np.where(room >= work.length[i], loads, np.iinfo(np.int64).max).argmin())
         if room[least] < work.length[i]:
             return None
@@ -251,14 +257,15 @@ def _evened(turn: Bins, work: _Work) -> Bins:
 
     Each exchange lowers the larger cost of the two, so it ends.
     """
-    enough = math.floor(sum(work.load(bin_) for bin_ in turn) / len(turn) * (1 + EVEN))
     offers = [_Offers(bin_, work) for bin_ in turn]
+    mean = sum(offer.cost for offer in offers) / len(turn)
+    enough = mean + EVEN * sum(work.load(bin_) for bin_ in turn) / len(turn)
     for _ in range(EXCHANGES * len(turn)):
-        top = max(range(len(turn)), key=lambda j: offers[j].load)
-        if offers[top].load <= enough:
+        by_cost = sorted(range(len(turn)), key=lambda j: offers[j].cost)
+        top = by_cost[-1]
+        if offers[top].cost <= enough:
             break
-        # The cheapest partner first: it takes the most.
-        for other in sorted(range(len(turn)), key=lambda j: offers[j].load):
+        for other in by_cost[:PARTNERS]:  # the cheapest first: it takes the most
             if exchanged := _exchange(offers[top], offers[other], work.budget):
                 offers[top], offers[other] = (_Offers(bin_, work) for bin_ in exchanged)
                 break
@@ -271,12 +278,13 @@ class _Offers:
     """Sets of sequences that one microbatch may give away in an exchange: none, one or two."""
 
     def __init__(self, bin_: list[int], work: _Work) -> None:
-        self.bin_, self.load, self.tokens = bin_, work.load(bin_), work.tokens(bin_)
+        self.bin_ = bin_
+        self.cost, self.tokens = int(work.cost[bin_].sum()), work.tokens(bin_)
         self._first, self._second = _pairs(len(bin_))
         # The place behind the last sequence is "none".
-        length, cost = np.append(work.length[bin_], 0), np.append(work.cost[bin_], 0)
-        self.length = length[self._first] + length[self._second]
-        self.cost = cost[self._first] + cost[self._second]
+        cost, length = np.append(work.cost[bin_], 0), np.append(work.length[bin_], 0)
+        self.costs = cost[self._first] + cost[self._second]
+        self.lengths = length[self._first] + length[self._second]
 
     def __getitem__(self, number: int) -> list[int]:
         places = int(self._first[number]), int(self._second[number])
@@ -295,12 +303,12 @@ def _pairs(num: int) -> tuple[Index, Index]:
 
 def _exchange(high: _Offers, low: _Offers, budget: int) -> tuple[list[int], list[int]] | None:
     """Both microbatches after the exchange that most lowers the larger cost; None where none lowers it."""
-    moved = high.length[:, None] - low.length
-    cost = high.cost[:, None] - low.cost
-    larger = np.maximum(high.load - cost, low.load + cost)
-    larger[(high.tokens - moved > budget) | (low.tokens + moved > budget)] = np.iinfo(np.int64).max
-    give, take = divmod(int(larger.argmin()), len(low.length))
-    if larger[give, take] >= high.load:
+    tokens = high.lengths[:, None] - low.lengths
+    cost = high.costs[:, None] - low.costs
+    larger = np.maximum(high.cost - cost, low.cost + cost)
+    larger[(high.tokens - tokens > budget) | (low.tokens + tokens > budget)] = high.cost
+    give, take = divmod(int(larger.argmin()), len(low.lengths))
+    if larger[give, take] >= high.cost:
         return None
     given, taken = high[give], low[take]
     return (

@@ -115,7 +115,7 @@ class Runner:
         num = len(work.sequences)
         outcome = Outcome(sums=np.zeros(3), log_w=np.zeros(num), coefficient=np.zeros(num))
         one = _Pass(work, outcome, train, records and self._routing is not None, replayed, reference)
-        iterators = [iter(enumerate(work.microbatches)) for _ in self._ddp_chunks]
+        iterators: list[Any] = [iter(enumerate(work.microbatches)) for _ in self._ddp_chunks]
         self._scale_aux_loss(work)
         with nullcontext() if train else torch.no_grad():
             get_forward_backward_func()(
@@ -154,7 +154,7 @@ class Runner:
         layout, at, device = self._cfg.layout, self._groups.at, self._groups.device
         inputs = cut(one.work.sequences, microbatch, layout, context_rank=at.context)
         numbers = None
-        if self._routing is not None:
+        if self._routing:
             whole = input_numbers(one.work.sequences, microbatch, layout, context_rank=at.context)
             numbers = np.split(whole, layout.tensor)[at.tensor]  # sequence parallelism: this rank's slice
             choices = self._choices(one, index, microbatch, numbers, chunk)
@@ -166,7 +166,7 @@ class Runner:
             None,
             packed_seq_params=packed(inputs.cu_seqlens.tolist(), layout.context, device),
         )
-        if one.records and numbers is not None:
+        if self._routing and one.records and numbers is not None:
             own = one.outcome.choices[chunk, index] = self._routing.own_choices(chunk)
             one.outcome.routing.append(
                 RouterRows(
@@ -233,6 +233,7 @@ class Runner:
         ratios = Ratios(log_ratio_S=log_ratio, log_w_N=log_w, seq_S=segment)
         c = coefficient(self._algorithm, ratios, advantage)
         loss = policy_loss(logp.double(), c, advantage[segment], weight)
+        kl = None
         if one.reference is not None:
             kl = kl_penalty(logp.double(), one.reference.logp[index].double())
             loss = loss + self._algorithm.kl_coeff * (weight * kl).sum()
@@ -241,7 +242,7 @@ class Runner:
         elif len(_not_finite(loss[None])) and chosen:  # an advantage has overflowed it
             one.outcome.note("loss", max(chosen, key=lambda i: abs(one.work.sequences[i].advantage)))
         if self._groups.at.tensor == 0:
-            if one.reference is not None:
+            if kl is not None:
                 one.outcome.sums[2] += float(kl.detach().sum())
             if self._groups.at.context == 0:
                 one.outcome.log_w[chosen] = log_w.cpu().numpy()

@@ -29,7 +29,6 @@ class ModelShape:
     norm_eps: float
     rope_theta: float
     tied_embeddings: bool
-    qk_norm: bool = True
     num_experts: int = 0
     """0 for a dense model."""
     experts_per_token: int = 0

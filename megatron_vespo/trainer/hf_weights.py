@@ -89,16 +89,13 @@ def describe(name: str, *, first_layer: int, first_expert: int) -> Cut:
 
 def described(model: torch.nn.Module, shape: ModelShape, groups: Groups) -> Iterator[tuple[Cut, Tensor]]:
     """Every parameter of this rank with its cut.  `model` is the bare model, without DDP."""
-    from megatron_vespo.trainer.layout import layers_of_chunk
-
+    layers = layers_of_stage(groups.layout, shape, groups.at.pipeline)
     first_expert = groups.at.expert * (shape.num_experts // groups.layout.expert)
-    for c, chunk in enumerate(model):
-        layers = layers_of_chunk(groups.layout, shape, groups.at.pipeline, c)
-        for name, parameter in chunk.named_parameters():
-            cut = describe(name, first_layer=layers[0], first_expert=first_expert)
-            if shape.tied_embeddings and cut.names == ("lm_head.weight",):
-                cut = _TOP["embedding.word_embeddings.weight"]  # the last stage's copy of the embedding
-            yield cut, parameter
+    for name, parameter in model.named_parameters():
+        cut = describe(name, first_layer=layers[0], first_expert=first_expert)
+        if shape.tied_embeddings and cut.names == ("lm_head.weight",):
+            cut = _TOP["embedding.word_embeddings.weight"]  # the last stage's copy of the embedding
+        yield cut, parameter
 
 
 def join(how: str, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
@@ -219,7 +216,7 @@ class Export:
         ]
         everyone: list[Any] = [None] * groups.layout.world_size
         dist.all_gather_object(everyone, entries)
-        self.dtype = next(iter(model[0].parameters())).dtype
+        self.dtype = next(iter(model.parameters())).dtype
         self._blocks = _plan_blocks(everyone, self.dtype.itemsize)
 
     @property

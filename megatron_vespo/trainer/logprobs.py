@@ -28,7 +28,6 @@ class Head:
     """Log-probs are those of softmax(logits / temperature), as the engine samples."""
     chunk_tokens: int
     """Tokens whose logits exist at one time."""
-    top_k: int = 0
 
 
 def token_logp(
@@ -148,16 +147,3 @@ def _is_inside(label_S: Tensor, weight_Vh: Tensor) -> Tensor:
 
 def _chunks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-from typing import NamedTuple
-
-
-class TokenStats(NamedTuple):
-    logp: Tensor
-    entropy: Tensor
-    top_k_mass: Tensor | None
-
-
-def token_stats(*a):
-    return TokenStats(*token_logp(*a), None)

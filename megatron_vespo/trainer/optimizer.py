@@ -32,7 +32,7 @@ class Optimizer:
             overlap_grad_reduce=cfg.optimizer.overlap,
             overlap_param_gather=cfg.optimizer.overlap,
         )
-        self.ddp_chunks = [
+        self.ddp_chunks: list[Any] = [
             # Only the first chunk's buckets overlap with something.
             DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
             for i, chunk in enumerate(chunks)

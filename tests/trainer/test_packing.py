@@ -339,8 +339,8 @@ def test_positions_are_those_to_which_megatron_rotates(context):
 def test_merging_refuses_a_batch_with_a_missing_rank():
     batch = [sequence(3)]
     nothing = RankOutput(
-        token=np.array([0]), logp=np.zeros(1, np.float32), entropy=np.zeros(1, np.float32), coefficient=np.zeros(0),
-        sequence=np.array([0]), log_w=np.zeros(0), routing=(), time_s={},
+        token=np.array([0]), logp=np.zeros(1, np.float32), entropy=np.zeros(1, np.float32),
+        top_k_mass=np.zeros(0, np.float32), routing=(), time_s={}, memory_bytes={},
     )  # fmt: skip
     with pytest.raises(RunError, match="logp of response token 1: came from no rank"):
         merge_scores([nothing], batch)

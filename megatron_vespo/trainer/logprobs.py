@@ -58,8 +58,9 @@ def token_stats(hidden: Tensor, weight_Vh: Tensor, at_S: Tensor, label_S: Tensor
 
         z = hidden W^T / temperature     logp = z[label] - logsumexp(z)     entropy = logsumexp(z) - sum_j p_j z_j
 
-    Gradients are exact; tokens whose upstream gradient is 0 cost nothing in the backward.  Beside the gradients
-    themselves, at most two tiles of float32 logits and some [S, h] are alive, and nothing of that size is saved.
+    Gradients are exact; tokens whose upstream gradient is 0 cost nothing in the backward.  Alive at one time, beside the
+    gradients themselves: two tiles of float32 logits (in the backward one, without a gradient of entropies; on CUDA a
+    bfloat16 model has one more in its own dtype), some [S, h], and two blocks of TILE_ROWS of the head.  Saved: [S].
     Collective over the group, once forward and once backward, and one gather more for each under sequence parallelism.
 
     Args:
@@ -115,9 +116,7 @@ class _TokenStats(torch.autograd.Function):
 def _local_stats(hidden_Sh: Tensor, weight: Tensor, label_S: Tensor, head: Head) -> Tensor:
     """[TOP + k, S] of this rank's vocabulary rows."""
     blocks, parts = _tiling(hidden_Sh, weight, head)
-    stats = hidden_Sh.new_full(
-        (len(blocks), TOP + head.top_k, len(label_S)), -torch.inf, dtype=torch.float32
-    )
+    stats = hidden_Sh.new_full((len(blocks), TOP + head.top_k, len(label_S)), -torch.inf, dtype=torch.float32)
     logits, scratch = _Tile(hidden_Sh, weight, head), _Tile(hidden_Sh, weight, head)
     for block, rows in enumerate(blocks):
         weight_vh = _operand(weight[rows])

@@ -11,8 +11,8 @@ Log-probs and entropies of --tokens tokens; "train" is forward and backward, "sc
 All three have float32 logits of the same accuracy; but on CUDA a bfloat16 product of the other two is rounded to
 bfloat16 first, as is usual and fastest. Peak memory is that beyond the inputs, gradients included, each of its own fresh
 process (CPU: peak resident set; CUDA: the allocator's peak). Times are medians of repetitions that take turns, in one
-process; "cpu" is processor time, which other jobs on the machine disturb less. Memory of two or more sizes is
-extrapolated to --extrapolate tokens by a straight line through the two largest.
+process; "cpu" is processor time, which other jobs on the machine disturb less. At --extrapolate tokens the chunked
+version is measured, and the memory of the other two is a straight line through their two largest sizes.
 """
 
 from __future__ import annotations
@@ -187,23 +187,32 @@ def require_memory(args: argparse.Namespace, versions: list[str]) -> None:
 
 
 def memory_rows(args: argparse.Namespace, case: str) -> list[str]:
-    rows: list[str] = []
-    extra = {
-        v: [in_fresh_process(args, "measure_memory", n, v, case) for n in args.tokens] for v in args.versions
+    sizes = sorted({*args.tokens, args.extrapolate})
+    extra = {version: extra_bytes(args, sizes, version, case) for version in args.versions}
+    first = extra[args.versions[0]]
+    return [
+        f"{case:6s} {n:7d} {version:9s} {extra[version][n] / 1e9:8.2f} GB {extra[version][n] / first[n]:7.2f} x"
+        + ("" if is_measured(args, n, version) else "  (extrapolated)")
+        for n in sizes
+        for version in args.versions
+    ]
+
+
+def extra_bytes(args: argparse.Namespace, sizes: list[int], version: str, case: str) -> dict[int, float]:
+    extra: dict[int, float] = {
+        n: in_fresh_process(args, "measure_memory", n, version, case)
+        for n in sizes
+        if is_measured(args, n, version)
     }
-    sizes = list(args.tokens)
-    if len(sizes) > 1 and args.extrapolate > sizes[-1]:
-        steps = (args.extrapolate - sizes[-1]) / (sizes[-1] - sizes[-2])
-        extra = {v: [*e, e[-1] + steps * (e[-1] - e[-2])] for v, e in extra.items()}
-        sizes.append(args.extrapolate)
-    for i, tokens in enumerate(sizes):
-        note = "  (extrapolated)" if i >= len(args.tokens) else ""
-        for version in args.versions:
-            ratio = extra[version][i] / extra[args.versions[0]][i]
-            rows.append(
-                f"{case:6s} {tokens:7d} {version:9s} {extra[version][i] / 1e9:8.2f} GB {ratio:7.2f} x{note}"
-            )
-    return rows
+    for n in set(sizes) - set(extra):
+        a, b = args.tokens[-2:]
+        extra[n] = extra[b] + (n - b) / (b - a) * (extra[b] - extra[a])
+    return extra
+
+
+def is_measured(args: argparse.Namespace, tokens: int, version: str) -> bool:
+    """The chunked version fits everywhere, and its memory is no straight line: a tile grows no further."""
+    return tokens in args.tokens or len(args.tokens) < 2 or version == "chunked"
 
 
 def time_rows(args: argparse.Namespace, case: str) -> list[str]:

@@ -94,9 +94,8 @@ class _TokenStats(torch.autograd.Function):
         return logp, entropy, mass
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_logp, grad_entropy, _ = grad_outputs
         hidden, weight, at, label, top, sum_e, entropy = ctx.saved_tensors
         head: Head = ctx.head
         if grad_logp is None:

@@ -260,7 +260,7 @@ def test_tokens_without_upstream_gradient_cost_no_product_in_the_backward():
 
 
 RANK_CASES = [
-    dict(sequence_parallel=sp, dtype=dtype, vocab=vocab, num=num)
+    {"sequence_parallel": sp, "dtype": dtype, "vocab": vocab, "num": num}
     for sp in (False, True)
     for dtype, vocab, num in [
         (torch.float32, 26, 11),

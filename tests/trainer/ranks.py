@@ -151,7 +151,7 @@ class _Worker:
         trainer = self.trainer
         trainer._ddp.zero_grad_buffer()
         trainer._run(sequences, 0, train=True, capture_experts=False)
-        export = Export(_Gradients(trainer.model), trainer.shape, trainer.groups)
+        export = Export([_Gradients(trainer.model)], trainer.shape, trainer.groups)
         return {name: tensor.numpy().copy() for name, tensor in export.run()}
 
     def save_hf(self, directory) -> None:
@@ -214,6 +214,3 @@ class _Gradients:
 
     def named_parameters(self):
         return iter(self._grads)
-
-    def parameters(self):
-        return (grad for _, grad in self._grads)

@@ -252,18 +252,14 @@ def check_weights(source: Path, shape: ModelShape) -> None:
     reader, expected = HfReader(source), hf_tensors(shape)
     missing = [name for name in expected if name not in reader.files]
     unknown = [name for name in sorted(reader.files) if name not in expected and not _is_ignored(name, shape)]
-    problems = []
-    if missing:
-        problems.append(
-            f"{len(missing)} of the {len(expected)} tensors are missing, the first is '{missing[0]}'"
-        )
-    if unknown:
-        problems.append(f"{len(unknown)} tensors are not in such a model, the first is '{unknown[0]}'")
+    problems = [f"{len(missing)} are missing (first: '{missing[0]}')"] if missing else []
+    problems += [f"{len(unknown)} others are there (first: '{unknown[0]}')"] if unknown else []
     if problems:
+        experts = f" and {shape.num_experts} experts" if shape.num_experts else ""
         raise ConfigError(
-            f"model = '{source}': config.json describes a {shape.family} model of {shape.num_layers} layers"
-            f"{f' and {shape.num_experts} experts' if shape.num_experts else ''}, but {', and '.join(problems)}; the "
-            "download is incomplete, or config.json and weights are of different models"
+            f"model = '{source}': expected the {len(expected)} tensors of a {shape.family} model of {shape.num_layers} "
+            f"layers{experts}, as config.json says, but {' and '.join(problems)}; the download is incomplete, or "
+            "config.json and weights are of different models"
         )
     for name, size in expected.items():
         reader.check(name, size)

@@ -197,6 +197,10 @@ def _build_chunk(cfg: TrainerConfig, shape: ModelShape, stage: int, chunk: int) 
         parallel_output=True,
         vp_stage=vp_stage,
     )
+    if shape.rope_scaling:
+        # GPTModel's own rope_scaling = True takes only the factor, and fixes the other three at Llama-3.1's numbers.
+        rope = model.rotary_pos_emb
+        rope.inv_freq = rope._apply_scaling(rope.inv_freq, **dataclasses.asdict(shape.rope_scaling))
     if model.post_process:
         model.output_layer.forward = _hidden_states_instead_of_logits
     if cfg.freeze_router:

@@ -28,6 +28,12 @@ def tiny_dense(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """A random Llama-3.2: tied embeddings, rotary frequencies scaled for its 64 original positions."""
+    return _write_model(tmp_path_factory.mktemp("llama"), moe=False, tie_word_embeddings=True, llama=True)
+
+
+@pytest.fixture(scope="session")
 def pool():
     """Four processes that import megatron once; grids are built on them one after another."""
     pool = Pool(4)
@@ -91,26 +97,32 @@ def make_batch(num=6, seed=0, behavior_noise: float | None = None) -> list[Train
     return batch
 
 
-def _write_model(directory, *, moe, tie_word_embeddings):
+def _write_model(directory, *, moe, tie_word_embeddings, llama=False):
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    import transformers as hf
 
     sizes = {
         "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "rope_theta": 1e6,
         "tie_word_embeddings": tie_word_embeddings, "initializer_range": 0.1,
     }  # fmt: skip
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
+    rope = {
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 32.0, "low_freq_factor": 1.5, "high_freq_factor": 5.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
     torch.manual_seed(1)
     if moe:
-        experts = {
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "norm_topk_prob": True,
-        }
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
+        model = hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**sizes, **experts))
+    elif llama:
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**(sizes | {"rope_theta": 1e4, "rope_parameters": rope})))
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+        model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**sizes))
     model.save_pretrained(directory)
     (directory / "tokenizer_config.json").write_text("{}\n")
     return directory

@@ -155,8 +155,27 @@ class _Worker:
         export = Export(list(map(_Gradients, trainer.chunks)), trainer.shape, trainer.groups)
         return {name: tensor.numpy().copy() for name, tensor in export.run()}
 
+    def weights_in_blocks(self, block_bytes) -> dict[str, np.ndarray]:
+        from megatron_vespo.trainer.hf_weights import Export
+
+        trainer = self.trainer
+        export = Export(trainer.chunks, trainer.shape, trainer.groups, block_bytes=block_bytes)
+        return {name: tensor.numpy() for name, tensor in export.run()}
+
     def save_hf(self, directory) -> None:
         self.trainer.save_hf(directory)
+
+    def save_hf_in_files(self, directory, file_bytes) -> None:
+        from megatron_vespo.trainer.hf_weights import save_hf
+
+        trainer = self.trainer
+        save_hf(trainer._export, trainer._source, directory, rank=trainer.groups.rank, file_bytes=file_bytes)
+
+    def limit_file_size(self, num_bytes) -> None:
+        """From now on the system refuses to make a file larger than that; -1: no limit."""
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
     def save(self, directory, step_number, state) -> None:
         self.trainer.save(directory, step_number, state)
@@ -215,6 +234,3 @@ class _Gradients:
 
     def named_parameters(self):
         return iter(self._grads)
-
-    def parameters(self):
-        return (grad for _, grad in self._grads)

@@ -197,7 +197,7 @@ ROLLOUT_SCHEMA = pa.schema([
     ("behavior_logp", pa.list_(pa.float32())),  # engine, when sampled
     ("policy_logp", pa.list_(pa.float32())),  # trainer, under train_version
     ("engine_logp", pa.list_(pa.float32())),  # engine, under train_version; null where not re-scored
-    ("log_w", pa.float64()),
+    ("log_w", pa.float64()),  # as its own update found the policy, which is train_version's for the first update
     ("coefficient", pa.float64()),
 ])  # fmt: skip
 """Columns of a rollout file; log-probs are [T] nats at the sampling temperature."""

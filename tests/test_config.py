@@ -73,8 +73,20 @@ def test_a_missing_field_is_named(tmp_path):
     [
         (["trainer.layout.tensor=2", "trainer.layout.expert_tensor=1"], "wrong expert gradients"),
         (
-            ["trainer.device=cpu", "trainer.layout.expert=2", "trainer.layout.expert_tensor=2"],
-            "no uneven all-gather",
+            [
+                "trainer.device=cpu",
+                "trainer.layout.expert=2",
+                "trainer.layout.expert_tensor=2",
+                "trainer.token_dispatcher=alltoall",
+            ],
+            "it needs an all-gather of unequal parts, which gloo does not have",
+        ),
+        (["trainer.device=cpu", "trainer.optimizer.cpu_offload=0.5"], "is in host memory already"),
+        (["loop.updates_per_batch=3"], "loop.updates_per_batch = 3: must divide loop.prompts_per_step = 4"),
+        (["trainer.router_replay=trainer"], "with loop.updates_per_batch = 1 there are no others"),
+        (
+            ["trainer.router_replay=engine", "rollout.record_experts=false"],
+            "trainer.router_replay = 'engine': repeats the engine's expert choices",
         ),
         (["rollout.context_length=2000"], "rollout.context_length = 2000: must be at least"),
         (["rollout.sync_backend=nccl", "trainer.device=cpu"], "needs trainer.device = 'cuda'"),

@@ -161,9 +161,7 @@ def a_batch() -> tuple[list[Rollout], StepOutput, list[Scored]]:
         ),
         log_w=np.array([-0.25, 0.5]),
         coefficient=np.array([1.15, 0.75]),
-        loss=0.1,
-        grad_norm=1.0,
-        learning_rate=1e-6,
+        updates=(),
     )
     engine = [Scored(logp=np.array([-0.5, -0.5, -1.125], np.float32), experts=None)] * 2
     return rollouts, output, engine

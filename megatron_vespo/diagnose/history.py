@@ -27,7 +27,8 @@ _TOKENS = ("versions", "behavior_logp", "policy_logp", "engine_logp")
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceTable:
-    """One number per sequence, [B]; log W = engine_nats + stale_nats wherever the engine re-scored it."""
+    """One number per sequence, [B]; log W = engine_nats + stale_nats wherever the engine re-scored it, and
+    plus what the updates before its own had moved the policy, where a batch has several."""
 
     step: Ints
     advantage: Doubles

@@ -17,6 +17,7 @@ from megatron_vespo.types import (
     StepOutput,
     SyncReport,
     TrainSequence,
+    Update,
     VersionSpan,
 )
 
@@ -84,9 +85,7 @@ class FakeTrainer:
             scored=tuple(_scored(s, logp=logp, entropy=True) for s in sequences),
             log_w=log_w,
             coefficient=np.exp(-np.abs(log_w)),
-            loss=0.5,
-            grad_norm=1.0,
-            learning_rate=1e-3,
+            updates=(update(),),
             time_s={"optimizer": 0.1},
         )
 
@@ -97,6 +96,19 @@ class FakeTrainer:
 
     async def save(self, version: int, state: Mapping[str, Any]) -> None:
         self.events.append(f"save {version} {dict(state)}")
+
+
+def update() -> Update:
+    return Update(
+        loss=0.5,
+        grad_norm=1.0,
+        learning_rate=1e-3,
+        entropy=2.0,
+        kl=None,
+        num_tokens=2,
+        num_microbatches=1,
+        padding=0.0,
+    )
 
 
 class FakeVerifier:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_vespo.metrics import RunLog
 from megatron_vespo.rundir import RunDirectory, rollout_rows, write_rollouts
-from megatron_vespo.types import Prompt, Response, Rollout, Scored, StepOutput, VersionSpan
+from megatron_vespo.types import Prompt, Response, Rollout, Scored, StepOutput, Update, VersionSpan
 
 CONFIG = """\
 run_dir = "runs/demo"
@@ -135,9 +135,18 @@ def invent_batch(rng: np.random.Generator, step: int, groups: int, success: floa
         scored=tuple(scored),
         log_w=np.array(log_w),
         coefficient=np.array(phi),
-        loss=0.02,
-        grad_norm=float(0.5 + rng.gamma(2, 0.1)),
-        learning_rate=1e-4 * min(1, step / 5),
+        updates=(
+            Update(
+                loss=0.02,
+                grad_norm=float(0.5 + rng.gamma(2, 0.1)),
+                learning_rate=1e-4 * min(1, step / 5),
+                entropy=1.0,
+                kl=None,
+                num_tokens=100,
+                num_microbatches=2,
+                padding=0.01,
+            ),
+        ),
     )
     return rollouts, output, engine
 

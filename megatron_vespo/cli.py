@@ -56,6 +56,37 @@ def sft(
         run.finetune(cfg, resume=resume, report=write_report)
 
 
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str, typer.Option(help="Kind of GPU: a100-80gb, h100-80gb, h200-141gb, b200-192gb.")
+    ] = "h100-80gb",
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    mean_response_tokens: Annotated[
+        float | None, typer.Option(help="For the time; default: every response has the greatest length.")
+    ] = None,
+    peak_share: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Share of the GPU's peak reached while it computes.")
+    ] = None,
+    shape: Annotated[
+        Path | None, typer.Option(help="config.json (or its directory) where the model is not at hand.")
+    ] = None,
+) -> None:
+    """Print what the trainer needs of its GPUs, memory and time, before they are booked; status 2 where it cannot fit."""
+    from megatron_vespo.control import capacity
+
+    needs = capacity.read_capacity(
+        capacity.load_either(config, overrides or ()),
+        machines=capacity.find_machines(gpu, gpus_per_node, peak_share),
+        shape=shape,
+        mean_response_tokens=mean_response_tokens,
+    )
+    _print(capacity.describe(needs) + "\n")
+    _print(capacity.verdict(needs))
+
+
 @app.command("eval")
 def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Sample the held-out prompts with the configured model and print their mean reward."""

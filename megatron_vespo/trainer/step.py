@@ -310,30 +310,27 @@ class TrainerRank:
 
         save_hf(self._export, self._source, directory, rank=self.groups.rank)
 
-    def save(self, directory: Path, step_number: int, state: Mapping[str, Any]) -> None:
-        """Collective: write a checkpoint from which `load` continues after `step_number` steps.
+    def begin_save(self, directory: Path) -> None:
+        """Copy this rank's state to host memory; it is written in the background (see checkpoint.RankCheckpoint)."""
+        self._checkpoint.begin_save(directory)
+
+    def written(self) -> checkpoint.Written | None:
+        """This rank's part of the checkpoint, when it is on disk; None before."""
+        return self._checkpoint.written()
+
+    def commit(
+        self, directory: Path, step_number: int, state: Mapping[str, Any], files: Sequence[checkpoint.Written]
+    ) -> None:
+        """On one rank: make what all ranks have written a checkpoint after `step_number` steps.
 
         Args:
             state: whatever else the caller must remember, as JSON values.
         """
-        rank_state = {
-            "model": {name: p.detach() for name, p in self.model.named_parameters()},
-            "optimizer": checkpoint.optimizer_state(
-                self._optimizer, with_main_weights=self._cfg.dtype != "float32"
-            ),
-            "generators": checkpoint.generator_state(),
-        }
-        facts = {"step": step_number, "state": dict(state), **self._facts()}
-        checkpoint.save(directory, rank_state, facts, self.groups)
+        self._checkpoint.commit(directory, step_number, state, files)
 
     def load(self, directory: Path) -> tuple[int, dict[str, Any]]:
-        """Collective: continue from a checkpoint; gives its step number and the caller's state."""
-        rank_state, step_number, state = checkpoint.load(directory, self._facts(), self.groups)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(rank_state["model"][name])
-        checkpoint.load_optimizer_state(self._optimizer, rank_state["optimizer"])
-        checkpoint.load_generator_state(rank_state["generators"])
+        """Collective: continue from a checkpoint of any layout; gives its step number and the caller's state."""
+        step_number, state = self._checkpoint.load(directory)
         self._num_steps = step_number
         return step_number, state
 
@@ -341,9 +338,13 @@ class TrainerRank:
         """Leave the other ranks."""
         destroy_process_groups()
 
-    def _facts(self) -> dict[str, Any]:
-        return checkpoint.same_run_facts(
-            self.shape, self.groups, self._cfg.dtype, self._cfg.optimizer.distributed
+    @functools.cached_property
+    def _checkpoint(self) -> checkpoint.RankCheckpoint:
+        from megatron_vespo.trainer.hf_weights import described
+
+        parameters = described(self.model, self.shape, self.groups)
+        return checkpoint.RankCheckpoint(
+            parameters, self._optimizer, self.shape, self.groups, dtype=self._cfg.dtype
         )
 
 

@@ -128,12 +128,15 @@ def prepare(directory: Path) -> None:
     """Before any rank begins to save.
 
     Raises:
-        RunError: the directory exists.
+        RunError: the directory exists, or cannot be made.
     """
     if directory.exists():
         raise RunError(f"'{directory}': exists already; a checkpoint is never overwritten")
     discard(directory)
-    _partial(directory).mkdir(parents=True)
+    try:
+        _partial(directory).mkdir(parents=True)
+    except OSError as err:
+        raise _cannot_write(directory, "the driver", err) from err
 
 
 def discard(directory: Path) -> None:
@@ -221,21 +224,20 @@ class RankCheckpoint:
         adam_steps = _common_steps(holding.held for holding in holdings)
         self._writing = self._thread.submit(self._write, self._path, len(pieces), adam_steps)
 
-    def written(self) -> Written | None:
+    def written(self, directory: Path) -> Written | None:
         """What `begin_save` has put on disk; None while it is still writing.
 
         Raises:
-            RunError: it could not.
+            RunError: it could not, or has not begun.
         """
-        assert self._writing is not None, "written() before begin_save()"
+        if self._writing is None or self._path.parent != _partial(directory):
+            raise RunError(f"'{directory}': its save was never begun on {self._groups.name}; save again")
         if not self._writing.done():
             return None
         try:
             return self._writing.result()
         except OSError as err:
-            raise RunError(
-                f"'{self._path}': {self._groups.name} cannot write its checkpoint ({err}); make room, or mend the path"
-            ) from err
+            raise _cannot_write(self._path, self._groups.name, err) from err
 
     def commit(self, directory: Path, step: int, state: Mapping[str, Any], files: Sequence[Written]) -> None:
         """Write the manifest and give the directory its name; on one rank, when the files of all ranks are written.
@@ -243,7 +245,13 @@ class RankCheckpoint:
         Args:
             state: whatever else the caller must remember, as JSON values.
             files: what `written` has given, in rank order.
+
+        Raises:
+            RunError: it could not be written.
         """
+        partial = _partial(directory)
+        if directory.exists() and not partial.exists():
+            return  # a driver that was interrupted asks again
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -252,13 +260,15 @@ class RankCheckpoint:
             **self._facts(),
             "files": {_file(rank): _entry(file) for rank, file in enumerate(files)},
         }
-        partial = _partial(directory)
-        with open(partial / MANIFEST, "w") as file:
-            json.dump(manifest | {"sha256": _digest(manifest)}, file, indent=1)
-            _to_disk(file)
-        _sync_directory(partial)
-        os.rename(partial, directory)
-        _sync_directory(directory.parent)
+        try:
+            with open(partial / MANIFEST, "w") as file:
+                json.dump(manifest | {"sha256": _digest(manifest)}, file, indent=1)
+                _to_disk(file)
+            _sync_directory(partial)
+            os.rename(partial, directory)
+            _sync_directory(directory.parent)
+        except OSError as err:
+            raise _cannot_write(directory, self._groups.name, err) from err
 
     def _write(self, path: Path, num_pieces: int, adam_steps: int | None) -> Written:
         digest = hashlib.sha256()
@@ -408,6 +418,10 @@ def _partial(directory: Path) -> Path:
 def _delete(directory: Path) -> None:
     """The name goes first, so that nobody sees a half-deleted checkpoint."""
     shutil.rmtree(directory.rename(_partial(directory)))
+
+
+def _cannot_write(path: Path, who: str, err: OSError) -> RunError:
+    return RunError(f"'{path}': {who} cannot write its checkpoint ({err}); make room, or mend the path")
 
 
 def _entry(file: Written) -> dict[str, Any]:

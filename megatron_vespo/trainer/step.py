@@ -314,9 +314,9 @@ class TrainerRank:
         """Copy this rank's state to host memory; it is written in the background (see checkpoint.RankCheckpoint)."""
         self._checkpoint.begin_save(directory)
 
-    def written(self) -> checkpoint.Written | None:
+    def written(self, directory: Path) -> checkpoint.Written | None:
         """This rank's part of the checkpoint, when it is on disk; None before."""
-        return self._checkpoint.written()
+        return self._checkpoint.written(directory)
 
     def commit(
         self, directory: Path, step_number: int, state: Mapping[str, Any], files: Sequence[checkpoint.Written]

@@ -161,7 +161,7 @@ def test_ctrl_c_ends_after_the_step_and_keeps_what_was_done(place, start):
 
 def test_resuming_goes_on_to_the_end(place, start):
     done = read_metrics(place / "rl" / "metrics.jsonl")[-1]["step"]
-    run = start(*rl(place, "rl", f"loop.num_steps={done + 2}"), "--resume")
+    run = start(*rl(place, "rl", f"loop.num_steps={done + 2}"), "--resume", "auto")
     assert run.wait() == 0, run.text
     run.expect_no_process_left()
     assert f"engine serves version {done}, confirmed" in run.text

@@ -115,7 +115,7 @@ class Grid:
         self.commit(directory, step_number, state)
 
     def commit(self, directory: Path, step_number: int, state: dict[str, Any]) -> None:
-        while None in (files := self.call("written")):
+        while None in (files := self.call("written", directory)):
             time.sleep(0.01)
         self._pool.call(1, "commit", directory, step_number, state, files)
 
@@ -190,8 +190,8 @@ class _Worker:
     def begin_save(self, directory) -> None:
         self.trainer.begin_save(directory)
 
-    def written(self):
-        return self.trainer.written()
+    def written(self, directory):
+        return self.trainer.written(directory)
 
     def commit(self, directory, step_number, state, files) -> None:
         self.trainer.commit(directory, step_number, state, files)

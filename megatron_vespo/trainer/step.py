@@ -24,7 +24,8 @@ from torch import Tensor
 from megatron_vespo.algo.coefficients import Ratios, coefficient
 from megatron_vespo.algo.loss import policy_loss, token_weights
 from megatron_vespo.config import AlgorithmConfig, OptimizerConfig, TrainerConfig
-from megatron_vespo.trainer import checkpoint, cpu
+from megatron_vespo.trainer import cpu
+from megatron_vespo.trainer.checkpoint import Written
 from megatron_vespo.trainer.hf_config import read_model_shape
 from megatron_vespo.trainer.layout import (
     Place,
@@ -36,6 +37,7 @@ from megatron_vespo.trainer.layout import (
 )
 from megatron_vespo.trainer.outputs import RankOutput, RouterRows
 from megatron_vespo.trainer.packing import DUMMY, Inputs, Microbatch, cut, input_numbers, plan, zigzag
+from megatron_vespo.trainer.rank_checkpoint import RankCheckpoint
 from megatron_vespo.types import RunError, TrainSequence
 
 PROBLEMS = ("loss", "log W", "log-prob")
@@ -311,15 +313,15 @@ class TrainerRank:
         save_hf(self._export, self._source, directory, rank=self.groups.rank)
 
     def begin_save(self, directory: Path) -> None:
-        """Copy this rank's state to host memory; it is written in the background (see checkpoint.RankCheckpoint)."""
+        """Copy this rank's state to host memory; it is written in the background (see rank_checkpoint)."""
         self._checkpoint.begin_save(directory)
 
-    def written(self, directory: Path) -> checkpoint.Written | None:
+    def written(self, directory: Path) -> Written | None:
         """This rank's part of the checkpoint, when it is on disk; None before."""
         return self._checkpoint.written(directory)
 
     def commit(
-        self, directory: Path, step_number: int, state: Mapping[str, Any], files: Sequence[checkpoint.Written]
+        self, directory: Path, step_number: int, state: Mapping[str, Any], files: Sequence[Written]
     ) -> None:
         """On one rank: make what all ranks have written a checkpoint after `step_number` steps.
 
@@ -339,13 +341,11 @@ class TrainerRank:
         destroy_process_groups()
 
     @functools.cached_property
-    def _checkpoint(self) -> checkpoint.RankCheckpoint:
+    def _checkpoint(self) -> RankCheckpoint:
         from megatron_vespo.trainer.hf_weights import described
 
         parameters = described(self.model, self.shape, self.groups)
-        return checkpoint.RankCheckpoint(
-            parameters, self._optimizer, self.shape, self.groups, dtype=self._cfg.dtype
-        )
+        return RankCheckpoint(parameters, self._optimizer, self.shape, self.groups, dtype=self._cfg.dtype)
 
 
 @dataclass

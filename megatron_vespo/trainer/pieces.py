@@ -99,7 +99,8 @@ def represents(cut: Cut, at: Coordinates, shape: ModelShape) -> bool:
 class Snapshot:
     """A copy of tensors in host memory, laid out as the safetensors file that `write` makes of it.
 
-    The memory is kept for the next `take`, which is usually of the same size.
+    The memory is kept for the next `take`, which is usually of the same size.  It is pinned where tensors come from a
+    GPU, which is several times as fast; torch rounds such memory up to a power of two.
     """
 
     def __init__(self, *, pinned: bool) -> None:

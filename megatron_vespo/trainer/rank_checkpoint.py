@@ -274,7 +274,7 @@ def _load_generators(path: Path) -> None:
 
 
 def _megatron_generators() -> Any:
-    # Imported here: a driver uses this module without megatron.
+    # Imported here: a driver imports this module, by way of step.py, without megatron.
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     return get_cuda_rng_tracker()

@@ -25,16 +25,16 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup
 	$(VESPO) demo-inputs $(RUN)/inputs --seed $(SEED)
 	$(VESPO) sft configs/demo_sft.toml seed=$(SEED) run_dir=$(RUN)/sft model=$(RUN)/inputs/model \
-	    data.train=$(RUN)/inputs/demonstrations.parquet --resume
+	    data.train=$(RUN)/inputs/demonstrations.parquet --resume auto
 	$(VESPO) train configs/demo.toml seed=$(SEED) run_dir=$(RUN)/rl model=$(RUN)/sft/final \
-	    prompts.train=$(RUN)/inputs/train.parquet prompts.heldout=$(RUN)/inputs/heldout.parquet --resume
+	    prompts.train=$(RUN)/inputs/train.parquet prompts.heldout=$(RUN)/inputs/heldout.parquet --resume auto
 
 # The second configuration: a dense model, synchronous, prompts from jsonl.
 demo-dense: setup
 	$(VESPO) demo-inputs runs/dense/inputs --seed $(SEED)
 	$(VESPO) sft configs/demo_sft.toml seed=$(SEED) run_dir=runs/dense/sft model=runs/dense/inputs/dense_model \
-	    data.train=runs/dense/inputs/demonstrations.parquet trainer.layout.expert=1 --resume
-	$(VESPO) train configs/dense_sync.toml seed=$(SEED) --resume
+	    data.train=runs/dense/inputs/demonstrations.parquet trainer.layout.expert=1 --resume auto
+	$(VESPO) train configs/dense_sync.toml seed=$(SEED) --resume auto
 
 # The trainer must hold on both ends of the supported range of megatron-core.
 OTHER_MEGATRON := .compat/megatron-core-0.19.2

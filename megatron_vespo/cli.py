@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -21,14 +21,19 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. loop.max_staleness=0"),
 ]
 Resume = Annotated[
-    bool, typer.Option(help="Continue the run that run_dir holds; start it where there is none.")
+    str | None,
+    typer.Option(
+        metavar="auto|STEP",
+        help="Continue the run that run_dir holds: at its newest checkpoint (a run is started where there is none), or "
+        "at that of one step.",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option(help="Print configuration, rank grid and process plan; start nothing.")]
 
 
 @app.command()
 def train(
-    config: ConfigPath, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False
+    config: ConfigPath, overrides: Overrides = None, resume: Resume = None, dry_run: DryRun = False
 ) -> None:
     """Train with asynchronous off-policy reinforcement learning."""
     cfg = load_config(TrainConfig, config, overrides or ())
@@ -38,12 +43,12 @@ def train(
     if dry_run:
         _print(plan.describe_train(cfg))
     else:
-        run.train(cfg, resume=resume, report=write_report)
+        run.train(cfg, resume=_resume(resume), report=write_report)
 
 
 @app.command()
 def sft(
-    config: ConfigPath, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False
+    config: ConfigPath, overrides: Overrides = None, resume: Resume = None, dry_run: DryRun = False
 ) -> None:
     """Fine-tune on demonstrations, with the same trainer."""
     cfg = load_config(SftConfig, config, overrides or ())
@@ -53,7 +58,7 @@ def sft(
     if dry_run:
         _print(plan.describe_sft(cfg))
     else:
-        run.finetune(cfg, resume=resume, report=write_report)
+        run.finetune(cfg, resume=_resume(resume), report=write_report)
 
 
 @app.command()
@@ -134,6 +139,14 @@ def main() -> None:
         _fail("RunError", str(err), 1)
     except Interrupted as err:
         _fail("Interrupted", str(err), 130)
+
+
+def _resume(text: str | None) -> Literal["auto"] | int | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isascii() or not text.isdigit():
+        raise ConfigError(f"--resume {text}: expected auto, or the step of a checkpoint; e.g. --resume 40")
+    return int(text)
 
 
 def _print(text: str) -> None:

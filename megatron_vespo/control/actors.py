@@ -22,7 +22,7 @@ from megatron_vespo.config import AlgorithmConfig, ConfigError, RolloutConfig, T
 from megatron_vespo.control.clock import bounded
 from megatron_vespo.rollout.server import free_port
 from megatron_vespo.rollout.weight_sync import WeightSync
-from megatron_vespo.trainer.checkpoint import prune
+from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.layout import Place, rank_name
 from megatron_vespo.trainer.outputs import RankOutput, merge_scores, merge_step
 from megatron_vespo.trainer.step import TrainerRank
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _LOG_TAIL_LINES = 15
 _SETTLE_S = 10.0
 _CAUSE_S = 3.0
+_POLL_S = 0.05
 _OBJECT_STORE_BYTES = 1024**3
 
 
@@ -116,14 +117,32 @@ class RankActor:
         """Batches whose updates are in this rank's weights."""
         return self._rank.num_steps
 
-    def save(self, directory: Path, version: int, state: Mapping[str, Any]) -> None:
-        self._rank.save(directory, version, state)
+    def begin_save(self, directory: Path) -> None:
+        self._rank.begin_save(directory)
+
+    def written(self, directory: Path) -> checkpoint.Written | None:
+        return self._rank.written(directory)
+
+    def commit(
+        self, directory: Path, version: int, state: Mapping[str, Any], files: Sequence[checkpoint.Written]
+    ) -> None:
+        """Make a checkpoint of what all ranks have written (one rank only)."""
+        self._rank.commit(directory, version, state, files)
 
     def load(self, directory: Path) -> None:
         self._rank.load(directory)
 
     def save_hf(self, directory: Path) -> None:
         self._rank.save_hf(directory)
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """A checkpoint that the ranks are writing."""
+
+    version: int
+    state: Mapping[str, Any]
+    directory: Path
 
 
 class TrainerGroup:
@@ -142,6 +161,7 @@ class TrainerGroup:
         self._records_experts = records_experts
         self._actors: list[Any] = []
         self._a_rank_failed = False
+        self._saving: _Saving | None = None
 
     async def __aenter__(self) -> TrainerGroup:
         cfg = self._spec.cfg
@@ -185,6 +205,7 @@ class TrainerGroup:
         await self._gather("connect", [self._actors[0].connect.remote(url, self._spec.model, cfg)])
 
     async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
+        await self._commit_if_written()  # now the ranks have time to answer
         batch = ray.put(list(sequences))
         calls = [actor.step.remote(batch, self._version, self._records_experts) for actor in self._actors]
         outputs = await self._gather("step", calls, deadline_s=math.inf)  # the loop's clock bounds it
@@ -212,17 +233,71 @@ class TrainerGroup:
         return SyncReport(version=version, num_bytes=num_bytes, time_s=time_s, canary_abs_max=gap)
 
     async def save(self, version: int, state: Mapping[str, Any]) -> None:
-        """A checkpoint named after `version`; older ones beyond the configured number are deleted."""
-        await self._all("save", self._checkpoint(version), version, dict(state))
-        self.saved_version = version
+        """Begin a checkpoint named after `version`, after the one before is on disk.
+
+        Training may go on while it is written (with cfg.async_save; else this waits for `saved`).  When it is on disk,
+        `saved_version` says so, and older ones that cfg does not keep are deleted.
+
+        Raises:
+            RunError: a rank cannot write, here or in the next `step`, `save` or `saved`; older checkpoints stay.
+        """
+        await self.saved()
+        directory = checkpoint.directory_of(self._checkpoints, version)
+        await asyncio.to_thread(checkpoint.prepare, directory)
+        self._saving = _Saving(version, dict(state), directory)
         try:
-            await asyncio.to_thread(prune, self._checkpoints, self._spec.cfg.keep_checkpoints)
+            await self._all("begin_save", directory)
+        except RunError:
+            await self._abandon_save()
+            raise
+        if not self._spec.cfg.async_save:
+            await self.saved()
+
+    async def saved(self) -> None:
+        """Wait until the checkpoint that is being written is on disk."""
+
+        async def until_committed() -> None:
+            while not await self._commit_if_written():
+                await asyncio.sleep(_POLL_S)
+
+        await bounded(
+            until_committed(),
+            lambda: f"trainer ranks, writing of {self._saving.directory if self._saving else 'a checkpoint'}",
+            deadline_s=self._spec.cfg.call_timeout_s,
+            limit="trainer.call_timeout_s",
+        )
+
+    async def _commit_if_written(self) -> bool:
+        """Whether nothing is being written any more."""
+        if (saving := self._saving) is None:
+            return True
+        try:
+            files = await self._all("written", saving.directory)
+            if None in files:
+                return False
+            arguments = (saving.directory, saving.version, saving.state, files)
+            await self._gather("commit", [self._actors[0].commit.remote(*arguments)])
+        except RunError:
+            await self._abandon_save()
+            raise
+        self._saving, self.saved_version = None, saving.version
+        cfg = self._spec.cfg
+        try:
+            await asyncio.to_thread(checkpoint.prune, self._checkpoints, cfg.keep_checkpoints, cfg.keep_every)
         except OSError as err:  # the new checkpoint is what counts
             logger.warning("old checkpoints in %s could not be deleted: %s", self._checkpoints, err)
+        return True
+
+    async def _abandon_save(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            await asyncio.to_thread(checkpoint.discard, saving.directory)
 
     async def load(self, version: int) -> None:
-        """Continue from the checkpoint of `version`."""
-        await self._all("load", self._checkpoint(version))
+        """Continue from the checkpoint of `version`; later ones, which the run will write anew, are set aside."""
+        await self._all("load", checkpoint.directory_of(self._checkpoints, version))
+        for place in await asyncio.to_thread(checkpoint.set_aside, self._checkpoints, version):
+            logger.warning("the run goes back to step %d: a later checkpoint is now %s", version, place)
         self._version = self.saved_version = version
 
     async def save_hf(self, directory: Path) -> None:
@@ -298,9 +373,6 @@ class TrainerGroup:
         return RunError(
             f"trainer {rank_name(self._spec.cfg.layout, rank)}: {what}; the end of {log}:\n{_tail(log)}"
         )
-
-    def _checkpoint(self, version: int) -> Path:
-        return self._checkpoints / f"step_{version:06d}"
 
     def _log(self, rank: int) -> Path:
         return self._logs / f"trainer-rank{rank}.log"

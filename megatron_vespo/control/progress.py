@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megatron_vespo.config import ConfigError
-from megatron_vespo.trainer.checkpoint import latest, read_state
+from megatron_vespo.trainer.checkpoint import Found, found, read_state
 from megatron_vespo.types import RunError
 
 if TYPE_CHECKING:
     from megatron_vespo.control.actors import TrainerGroup
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +40,18 @@ def name_of_stream(command: str, seed: int, shuffle: bool, uids: Iterable[str]) 
     return f"{command} seed={seed} shuffle={shuffle} uids={digest}"
 
 
-def start_of(run_dir: Path, stream: str, *, resume: bool) -> Progress:
-    """Where a run starts: at the newest checkpoint if it resumes one, else at 0; changes nothing.
+Resume = Literal["auto"] | int
+"""From the newest checkpoint that is not damaged (or at 0 where there is none), or from that of one step."""
+
+
+def start_of(run_dir: Path, stream: str, *, resume: Resume | None) -> Progress:
+    """Where a run starts: at a checkpoint if it resumes one, else at 0; changes nothing.
 
     Raises:
-        ConfigError: the checkpoint is of a run that consumes something else, or in another order.
+        ConfigError: there is no such checkpoint, or it is of a run that consumes something else, or in another order.
+        RunError: there are checkpoints, and all of them are damaged.
     """
-    checkpoint = latest(run_dir / "checkpoints") if resume else None
+    checkpoint = None if resume is None else _chosen(run_dir / "checkpoints", resume)
     if checkpoint is None:
         return Progress(stream=stream)
     progress = Progress(**read_state(checkpoint)[1])
@@ -55,10 +63,40 @@ def start_of(run_dir: Path, stream: str, *, resume: bool) -> Progress:
     return progress
 
 
+def _chosen(root: Path, resume: Resume) -> Path | None:
+    present = found(root)
+    if resume == "auto":
+        return _newest_intact(root, present)
+    one = next((one for one in present if one.step == resume), None)
+    if one is None:
+        steps = ", ".join(str(one.step) for one in present) or "none"
+        raise ConfigError(
+            f"--resume {resume}: no checkpoint of that step in '{root}' (there are: {steps}); name one of those, or say auto"
+        )
+    if one.damage is not None:
+        raise ConfigError(f"--resume {resume}: {one.damage}")
+    return one.directory
+
+
+def _newest_intact(root: Path, present: list[Found]) -> Path | None:
+    for one in present:
+        if one.damage is None:
+            return one.directory
+        logger.warning("the checkpoint of step %d is passed over: %s", one.step, one.damage)
+    if present:
+        raise RunError(
+            f"--resume auto: all {len(present)} checkpoint(s) in '{root}' are damaged ({present[0].damage}); restore one, "
+            "or move them away to start anew"
+        )
+    return None
+
+
 async def keep(trainer: TrainerGroup, progress: Progress) -> None:
-    """Save a checkpoint of `progress` unless there is one."""
+    """Have a checkpoint of `progress` on disk."""
+    await trainer.saved()
     if progress.version > trainer.saved_version:
         await trainer.save(progress.version, asdict(progress))
+        await trainer.saved()
 
 
 async def rescue(
@@ -70,15 +108,24 @@ async def rescue(
     the truth, and the checkpoint says which items they have seen.
     """
     try:
-        versions = set(await trainer.versions())
+        versions, before = set(await trainer.versions()), trainer.saved_version
+        await _settle(trainer, tell)
         if len(versions) != 1:
             tell(
                 f"steps after {trainer.saved_version} are not saved: ranks are at versions {sorted(versions)}"
             )
             return
-        extra, before = versions.pop() - progress.version, trainer.saved_version
+        extra = versions.pop() - progress.version
         await keep(trainer, progress.after(extra, extra * items_per_step))
         if trainer.saved_version > before:
             tell(f"saved after the failure: checkpoint of version {trainer.saved_version}")
     except (RunError, OSError) as err:
         tell(f"steps after {trainer.saved_version} are not saved: {err}")
+
+
+async def _settle(trainer: TrainerGroup, tell: Callable[[str], None]) -> None:
+    """End the save in progress; that it fails must not keep the next one from being tried."""
+    try:
+        await trainer.saved()
+    except RunError as err:
+        tell(f"a checkpoint could not be written: {err}")

@@ -17,7 +17,7 @@ from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.clock import StepClock
 from megatron_vespo.control.observer import Observer
 from megatron_vespo.control.plan import TrainPlan, plan_sft, plan_train
-from megatron_vespo.control.progress import Progress, keep, name_of_stream, rescue, start_of
+from megatron_vespo.control.progress import Progress, Resume, keep, name_of_stream, rescue, start_of
 from megatron_vespo.data.prompts import EpochStream
 from megatron_vespo.data.verifiers import MathVerifier
 from megatron_vespo.metrics import LiveView, RunLog
@@ -45,7 +45,7 @@ class Desk(NamedTuple):
         self.view.event(text)
 
 
-def train(cfg: TrainConfig, *, resume: bool, report: Report) -> None:
+def train(cfg: TrainConfig, *, resume: Resume | None, report: Report) -> None:
     """Run `megatron-vespo train` to its end."""
     plan = plan_train(cfg)
     stream = name_of_stream("train", cfg.seed, cfg.prompts.shuffle, (prompt.uid for prompt in plan.prompts))
@@ -53,11 +53,11 @@ def train(cfg: TrainConfig, *, resume: bool, report: Report) -> None:
     num_steps = cfg.loop.num_steps
     if not _is_complete(cfg.run_dir, start, num_steps):
         view = LiveView(f"train {cfg.run_dir}", num_steps, max_staleness=cfg.loop.max_staleness)
-        with _desk(cfg, start, view, report, resume=resume) as desk:
+        with _desk(cfg, start, view, report, resume=resume is not None) as desk:
             session.run(lambda stop: _train(plan, start, desk, stop), desk.tell)
 
 
-def finetune(cfg: SftConfig, *, resume: bool, report: Report) -> None:
+def finetune(cfg: SftConfig, *, resume: Resume | None, report: Report) -> None:
     """Run `megatron-vespo sft` to its end."""
     demonstrations = plan_sft(cfg)
     stream = name_of_stream("sft", cfg.seed, cfg.data.shuffle, (sequence.uid for sequence in demonstrations))
@@ -65,7 +65,7 @@ def finetune(cfg: SftConfig, *, resume: bool, report: Report) -> None:
     if not _is_complete(cfg.run_dir, start, cfg.num_steps):
         deck = EpochStream(demonstrations, cfg.seed, cfg.data.shuffle, start.consumed)
         view = LiveView(f"sft {cfg.run_dir}", cfg.num_steps)
-        with _desk(cfg, start, view, report, resume=resume) as desk:
+        with _desk(cfg, start, view, report, resume=resume is not None) as desk:
             session.run(lambda stop: _finetune(cfg, deck, start, desk, stop), desk.tell)
 
 
@@ -167,7 +167,7 @@ async def _finish(trainer: TrainerGroup, progress: Progress, num_steps: int, des
         )
         raise Interrupted(
             f"stopped after step {progress.version} of {num_steps}: {kept}; "
-            "the same command with --resume continues"
+            "the same command with --resume auto continues"
         )
     await trainer.save_hf(desk.run.final)
     desk.tell(f"final model in Hugging Face format: {desk.run.final}")

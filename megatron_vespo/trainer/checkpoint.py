@@ -1,9 +1,11 @@
-"""Checkpoints from which a run resumes with the same layout: one file per rank, one manifest, all or nothing.
+"""Checkpoint directories that any layout resumes: one file per rank, one manifest, all or nothing.
 
-    <directory>/rank-00003.pt     model, optimizer and generator state of one rank
-    <directory>/manifest.json     step, layout, versions, the caller's state, and size and sha256 of every file
+    <root>/step_000040/rank-00003.safetensors   pieces of master weights and Adam moments, generator states (uint8)
+    <root>/step_000040/manifest.json            step, the caller's state, model, layout and versions that wrote it,
+                                                and size and sha256 of every file and of the manifest itself
 
-The directory gets its name only when every file is on disk; `latest` never sees an unfinished one.
+Everything is written under `step_000040.tmp`, which gets its name when all of it is on disk; rank_checkpoint.py is
+what each rank does.  A driver uses this module without ranks and without megatron.
 """
 
 from __future__ import annotations
@@ -11,225 +13,222 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from megatron_vespo.trainer.hf_config import ModelShape
-from megatron_vespo.trainer.layout import Groups
 from megatron_vespo.types import RunError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """One rank's file, on disk."""
+
+    bytes: int
+    sha256: str
+    pieces: int
+    adam_steps: int | None
+    """None where this rank's file has no trained parameters."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint directory; `damage` says what is missing in it, as far as sizes tell."""
+
+    step: int
+    directory: Path
+    damage: str | None
+
+
+def directory_of(root: Path, step: int) -> Path:
+    return root / f"step_{step:06d}"
+
+
+def found(root: Path) -> list[Found]:
+    """All checkpoints under `root`, the newest first; unfinished ones have no name yet and are not seen."""
+    steps = [
+        (int(match[1]), path)
+        for path in (root.iterdir() if root.is_dir() else ())
+        if (match := re.fullmatch(r"step_(\d+)", path.name))
+    ]
+    return [Found(step, path, _damage(path, step)) for step, path in sorted(steps, reverse=True)]
 
 
 def latest(root: Path) -> Path | None:
-    """The newest complete checkpoint under `root`, by its step."""
-    return max(_complete(root), key=_step, default=None)
-
-
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what unfinished ones left behind."""
-    for old in sorted(_complete(root), key=_step)[:-keep]:
-        shutil.rmtree(old)
-    for partial in root.glob("*.tmp"):
-        shutil.rmtree(partial)
+    """The newest checkpoint under `root` that is not damaged."""
+    return next((one.directory for one in found(root) if one.damage is None), None)
 
 
 def read_state(directory: Path) -> tuple[int, dict[str, Any]]:
-    """(step, the caller's state) of a checkpoint; no rank is needed."""
-    manifest = _read_manifest(directory)
+    """(step, the caller's state) of a checkpoint.
+
+    Raises:
+        RunError: its manifest is missing or damaged, or of another format.
+    """
+    manifest = read_manifest(directory)
     return manifest["step"], manifest["state"]
 
 
-def save(directory: Path, rank_state: dict[str, Any], facts: dict[str, Any], groups: Groups) -> None:
-    """Collective: write every rank's state, then the manifest, then give the directory its name.
+def prune(root: Path, keep: int, keep_every: int = 0) -> None:
+    """Delete checkpoints, and what unfinished ones left behind.
 
-    Args:
-        facts: what the manifest records beside the files: `step`, `state`, and what `same_run_facts` gives.
+    Those of the newest `keep` steps stay, and those whose step `keep_every` divides (0: none).  Damaged ones do not
+    count, and are left to be looked at.
+    """
+    for partial in root.glob("*.tmp"):
+        shutil.rmtree(partial)
+    intact = [one for one in found(root) if one.damage is None]
+    for one in intact[keep:]:
+        if not keep_every or one.step % keep_every:
+            # The name goes first, so that nobody sees a half-deleted checkpoint.
+            shutil.rmtree(one.directory.rename(partial_of(one.directory)))
+
+
+def set_aside(root: Path, after: int) -> list[Path]:
+    """Move the checkpoints of later steps than `after`, which a run that goes back there will write anew, to
+    superseded/ below `root`; gives their new places."""
+    moved = []
+    for one in found(root):
+        if one.step > after:
+            target = root / "superseded" / one.directory.name
+            while target.exists():
+                target = target.with_name(target.name + "+")
+            target.parent.mkdir(exist_ok=True)
+            moved.append(one.directory.rename(target))
+    return moved
+
+
+def prepare(directory: Path) -> None:
+    """Before any rank begins to save.
 
     Raises:
-        RunError: the directory exists, or a rank could not write.
+        RunError: the directory exists, or cannot be made.
     """
-    partial = directory.with_name(directory.name + ".tmp")
-    problem = None
-    if groups.rank == 0:
-        problem = (
-            f"'{directory}': exists already; a checkpoint is never overwritten"
-            if directory.exists()
-            else None
-        )
-        shutil.rmtree(partial, ignore_errors=True)
-    _stop_together(problem)
-    entry: dict[str, Any] = {}
+    if directory.exists():
+        raise RunError(f"'{directory}': exists already; a checkpoint is never overwritten")
+    discard(directory)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        entry = _write(partial / _file(groups.rank), rank_state)
-    except OSError as err:  # one rank's full disk must stop all ranks, not leave them waiting
-        problem = (
-            f"'{partial}': {groups.name} cannot write its checkpoint ({err}); make room, or mend the path"
-        )
-    _stop_together(problem)
-    entries: list[Any] = [None] * groups.layout.world_size
-    dist.all_gather_object(entries, entry)
-    if groups.rank == 0:
-        manifest = {"format": FORMAT, **facts, "files": {_file(rank): e for rank, e in enumerate(entries)}}
+        partial_of(directory).mkdir(parents=True)
+    except OSError as err:
+        raise cannot_write(directory, "the driver", err) from err
+
+
+def discard(directory: Path) -> None:
+    """Remove what an unfinished save has written."""
+    shutil.rmtree(partial_of(directory), ignore_errors=True)
+
+
+def publish(directory: Path, manifest: Mapping[str, Any], who: str) -> None:
+    """Write the manifest, and give the directory its name.
+
+    Raises:
+        RunError: `who` could not.
+    """
+    partial = partial_of(directory)
+    if directory.exists() and not partial.exists():
+        return  # a driver that was interrupted asks again
+    try:
         with open(partial / MANIFEST, "w") as file:
-            json.dump(manifest, file, indent=2)
-            _to_disk(file)
-        os.replace(partial, directory)
+            json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
+            to_disk(file)
+        _sync_directory(partial)
+        os.rename(partial, directory)
         _sync_directory(directory.parent)
-    dist.barrier()
+    except OSError as err:
+        raise cannot_write(directory, who, err) from err
 
 
-def load(
-    directory: Path, facts: dict[str, Any], groups: Groups
-) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    """Collective: this rank's state, the step and the caller's state.
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def partial_of(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".tmp")
+
+
+def cannot_write(path: Path, who: str, err: OSError) -> RunError:
+    return RunError(f"'{path}': {who} cannot write its checkpoint ({err}); make room, or mend the path")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What `publish` was given.
 
     Raises:
-        RunError: the checkpoint is of another layout, model or dtype, or a file is missing or damaged; on all ranks.
+        RunError: the manifest is missing or damaged, or of another format.
     """
-    problem, rank_state, manifest = None, {}, {}
     try:
-        manifest = _read_manifest(directory)
-        _check_facts(directory, manifest, facts)
-        rank_state = _read(directory / _file(groups.rank), manifest["files"].get(_file(groups.rank)))
-    except RunError as err:
-        problem = str(err)
-    _stop_together(problem)
-    return rank_state, manifest["step"], manifest["state"]
-
-
-def same_run_facts(
-    shape: ModelShape, groups: Groups, dtype: str, distributed_optimizer: bool
-) -> dict[str, Any]:
-    """What must be equal in the run that wrote a checkpoint and the one that loads it."""
-    layout = groups.layout.model_dump(exclude={"expert_tensor"})
-    return {
-        "layout": layout | {"expert_tensor": groups.layout.resolved_expert_tensor},
-        "model": asdict(shape),
-        "numerics": {"dtype": dtype, "distributed_optimizer": distributed_optimizer},
-    }
-
-
-def optimizer_state(optimizer: Any, *, with_main_weights: bool) -> list[Any]:
-    """State of Megatron's optimizers, taken from the torch optimizers inside; the same for every kind of them.
-
-    (Upstream's own state dicts differ by kind, and leave out the shards of the distributed optimizer.)
-    """
-    return [
-        {
-            "settings": {name: value for name, value in group.items() if name != "params"},
-            "params": [
-                {"state": dict(inner.state[p]), "main": p.detach() if with_main_weights else None}
-                for p in group["params"]
-            ],
-        }
-        for inner in _inner(optimizer)
-        for group in inner.param_groups
-    ]
-
-
-def load_optimizer_state(optimizer: Any, saved: list[Any]) -> None:
-    """Put `optimizer_state` back, in place."""
-    groups = [(inner, group) for inner in _inner(optimizer) for group in inner.param_groups]
-    for (inner, group), old in zip(groups, saved, strict=True):
-        group.update(old["settings"])
-        for parameter, entry in zip(group["params"], old["params"], strict=True):
-            inner.state[parameter] = {
-                name: value.to(parameter.device) if torch.is_tensor(value) and value.dim() else value
-                for name, value in entry["state"].items()
-            }
-            if entry["main"] is not None:
-                parameter.data.copy_(entry["main"])
-
-
-def generator_state() -> dict[str, Any]:
-    """All random generators of this rank."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda, "megatron": _megatron_generators().get_states()}
-
-
-def load_generator_state(saved: dict[str, Any]) -> None:
-    """Put `generator_state` back."""
-    torch.set_rng_state(saved["cpu"])
-    if saved["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["cuda"])
-    _megatron_generators().set_states(saved["megatron"])
-
-
-def _megatron_generators() -> Any:
-    # Imported here: a driver uses `latest` and `prune` without megatron.
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    return get_cuda_rng_tracker()
-
-
-def _inner(optimizer: Any) -> list[Any]:
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [one.optimizer for one in chained if one.optimizer is not None]
-
-
-def _complete(root: Path) -> list[Path]:
-    return [manifest.parent for manifest in root.glob(f"*/{MANIFEST}") if manifest.parent.suffix != ".tmp"]
-
-
-def _step(directory: Path) -> int:
-    return int(_read_manifest(directory)["step"])
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    try:
-        return json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError) as err:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        digest = manifest.pop("sha256", None)
+    except (OSError, ValueError, AttributeError) as err:
         raise RunError(
             f"checkpoint '{directory}': cannot read {MANIFEST} ({err}); resume from another one"
         ) from err
-
-
-def _check_facts(directory: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    for section, wanted in facts.items():
-        found = manifest.get(section, {})
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                raise RunError(
-                    f"checkpoint '{directory}': {section}.{name} = {found.get(name)}, this run has {value}; resume with the "
-                    "same layout and model, or start a new run from an exported Hugging Face directory"
-                )
-
-
-def _file(rank: int) -> str:
-    return f"rank-{rank:05d}.pt"
-
-
-def _write(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        _to_disk(file)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _read(path: Path, entry: dict[str, Any] | None) -> dict[str, Any]:
-    found = {"bytes": path.stat().st_size, "sha256": _sha256(path)} if path.is_file() else None
-    if entry is None or found != entry:
+    if manifest.get("format") != FORMAT:
         raise RunError(
-            f"checkpoint file '{path}': is missing or damaged (found {found}, manifest says {entry}); resume from another one"
+            f"checkpoint '{directory}': format = {manifest.get('format')}, expected {FORMAT}; resume with the version of "
+            "megatron-vespo that wrote it, or from another one"
         )
-    return torch.load(path, map_location="cpu", weights_only=True)
+    if digest != _digest(manifest):
+        raise RunError(
+            f"checkpoint '{directory}': {MANIFEST} was changed or damaged; resume from another one"
+        )
+    return manifest
 
 
-def _sha256(path: Path) -> str:
+def _damage(directory: Path, step: int) -> str | None:
+    """What a look at the manifest and the sizes of the files finds."""
+    try:
+        manifest = read_manifest(directory)
+        for name, entry in manifest["files"].items():
+            _check_size(directory / name, entry)
+    except RunError as err:
+        return str(err)
+    if manifest["step"] != step:
+        return f"checkpoint '{directory}': holds step {manifest['step']}; give it back its name"
+    return None
+
+
+def _check_size(path: Path, entry: Mapping[str, Any]) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size != entry["bytes"]:
+        what = "is missing" if size is None else f"is damaged: it has {size} bytes"
+        raise RunError(
+            f"checkpoint file '{path}': {what} (written were {entry['bytes']}); resume from another one"
+        )
+
+
+def check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    """Compare a file with its entry in the manifest, which takes as long as reading all of it.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    _check_size(path, entry)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != entry["sha256"]:
+        raise RunError(
+            f"checkpoint file '{path}': is damaged: its sha256 is {digest} (written was {entry['sha256']}); "
+            "resume from another one"
+        )
 
 
-def _to_disk(file: Any) -> None:
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(as_json(manifest), sort_keys=True).encode()).hexdigest()
+
+
+def as_json(value: Any) -> Any:
+    """As it will look when it is read back."""
+    return json.loads(json.dumps(value))
+
+
+def to_disk(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
 
@@ -240,12 +239,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _stop_together(problem: str | None) -> None:
-    """If any rank has a problem, every rank raises it."""
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    first = next((p for p in problems if p), None)
-    if first:
-        raise RunError(first)

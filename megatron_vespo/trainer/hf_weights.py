@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_vespo.config import ConfigError
 from megatron_vespo.trainer.hf_config import ModelShape
 from megatron_vespo.trainer.hf_files import HfReader, Size, begin_directory, publish, write_weights
-from megatron_vespo.trainer.layout import Groups, layers_of_chunk
+from megatron_vespo.trainer.layout import Coordinates, Groups, layers_of_chunk
 from megatron_vespo.types import RunError
 
 BLOCK_BYTES = 256 * 1024**2
@@ -179,9 +179,8 @@ def shard_of(cut: Cut, groups: Groups) -> tuple[int, int]:
     return groups.at.tensor, groups.layout.tensor
 
 
-def represents(cut: Cut, groups: Groups, shape: ModelShape) -> bool:
-    """Whether this rank, of those that hold equal copies of a shard, is the one that speaks for them."""
-    at = groups.at
+def represents(cut: Cut, at: Coordinates, shape: ModelShape) -> bool:
+    """Whether the rank at a place, of those that hold equal copies of a shard, is the one that speaks for them."""
     if shape.tied_embeddings and cut.names == tuple(_EMBEDDING.hf) and at.pipeline != 0:
         return False
     if cut.is_expert:
@@ -206,9 +205,9 @@ def join(how: str, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
     return [shards[0] if how == "whole" else _cat(shards, 0 if how == "rows" else 1)]
 
 
-def split(cut: Cut, wholes: Sequence[Tensor], index: int, size: int, shape: ModelShape) -> Tensor:
-    """Shard `index` of `size` of a Megatron parameter, from whole Hugging Face tensors in the order of `cut.names`."""
-    return _fuse(cut.how, [x[_window(tuple(x.shape), cut.how, index, size)] for x in wholes], shape)
+def split(how: str, wholes: Sequence[Tensor], index: int, size: int, shape: ModelShape) -> Tensor:
+    """Shard `index` of `size` of a Megatron parameter, from whole Hugging Face tensors in the order of `Cut.names`."""
+    return _fuse(how, [x[_window(tuple(x.shape), how, index, size)] for x in wholes], shape)
 
 
 def _window(whole: Size, how: str, index: int, size: int) -> tuple[slice, ...]:
@@ -342,7 +341,7 @@ class Export:
         self.shape, self._groups = shape, groups
         own = list(described(chunks, shape, groups))
         (self.dtype,) = {tensor.dtype for _, tensor in own}
-        self._mine = {cut: tensor for cut, tensor in own if represents(cut, groups, shape)}
+        self._mine = {cut: tensor for cut, tensor in own if represents(cut, groups.at, shape)}
         everyone: list[Any] = [None] * groups.layout.world_size
         dist.all_gather_object(everyone, [(cut, tuple(tensor.shape)) for cut, tensor in self._mine.items()])
         parts = _in_order(everyone, shape)

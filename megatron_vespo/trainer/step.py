@@ -8,7 +8,8 @@ Megatron is imported inside functions: `cpu.install()` must come first, and a dr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_vespo.algo.loss import token_weights
 from megatron_vespo.config import AlgorithmConfig, TrainerConfig
 from megatron_vespo.trainer import cpu
+from megatron_vespo.trainer.checkpoint import Written
 from megatron_vespo.trainer.forward_backward import Outcome, Runner, Work
 from megatron_vespo.trainer.hf_config import read_model_shape
 from megatron_vespo.trainer.layout import (
@@ -31,6 +33,7 @@ from megatron_vespo.trainer.optimizer import Optimizer
 from megatron_vespo.trainer.outputs import RankOutput
 from megatron_vespo.trainer.packing import Microbatch, crossover_tokens, plan
 from megatron_vespo.trainer.phases import Phases
+from megatron_vespo.trainer.rank_checkpoint import RankCheckpoint
 from megatron_vespo.trainer.reference import Reference
 from megatron_vespo.types import RunError, TrainSequence, Update
 
@@ -273,6 +276,39 @@ class TrainerRank:
 
         self._optimizer.complete_weights()
         save_hf(self._export, self._source, directory, rank=self.groups.rank)
+
+    def begin_save(self, directory: Path) -> None:
+        """Copy this rank's state to host memory; it is written in the background (see rank_checkpoint)."""
+        self._checkpoint.begin_save(directory)
+
+    def written(self, directory: Path) -> Written | None:
+        """This rank's part of the checkpoint, when it is on disk; None before."""
+        return self._checkpoint.written(directory)
+
+    def commit(
+        self, directory: Path, step_number: int, state: Mapping[str, Any], files: Sequence[Written]
+    ) -> None:
+        """On one rank: make what all ranks have written a checkpoint after `step_number` steps.
+
+        Args:
+            state: whatever else the caller must remember, as JSON values.
+        """
+        self._checkpoint.commit(directory, step_number, state, files)
+
+    def load(self, directory: Path) -> tuple[int, dict[str, Any]]:
+        """Collective: continue from a checkpoint of any layout; gives its step number and the caller's state."""
+        step_number, state = self._checkpoint.load(directory)
+        self._num_steps = step_number
+        return step_number, state
+
+    @functools.cached_property
+    def _checkpoint(self) -> RankCheckpoint:
+        from megatron_vespo.trainer.hf_weights import described
+
+        parameters = described(self.chunks, self.shape, self.groups)
+        return RankCheckpoint(
+            parameters, self._optimizer.megatron, self.shape, self.groups, dtype=self._cfg.dtype
+        )
 
     def close(self) -> None:
         """Leave the other ranks."""

@@ -129,14 +129,31 @@ def rl(place: Path, name: str, *overrides: str) -> list[str]:
 
 
 def test_fine_tuning_lowers_the_loss_and_exports_a_model_that_transformers_loads(place, start):
-    run = start(*sft(place, "sft", "model", "num_steps=12"))
+    run = start(*sft(place, "sft", "model", "num_steps=12", "save_every=5"))
     assert run.wait() == 0, run.text
     run.expect_no_process_left()
+    assert names(place / "sft" / "checkpoints") == ["step_000010", "step_000012"]  # the newest two
     losses = [record["optim/loss"] for record in read_metrics(place / "sft" / "metrics.jsonl")]
     assert len(losses) == 12 and losses[-1] < 0.6 * losses[0]
     model = AutoModelForCausalLM.from_pretrained(place / "sft" / "final")
     text = AutoTokenizer.from_pretrained(place / "sft" / "final")("3+4")["input_ids"]
     assert torch.isfinite(model(torch.tensor([text])).logits).all()
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_run_goes_back_to_a_step_and_does_the_same_again(place, start):
+    before = read_metrics(place / "sft" / "metrics.jsonl")
+    run = start(*sft(place, "sft", "model", "num_steps=12", "save_every=5"), "--resume", "11")
+    assert run.wait() == 2 and "no checkpoint of that step" in run.text and "(there are: 12, 10)" in run.text
+    run = start(*sft(place, "sft", "model", "num_steps=12", "save_every=5"), "--resume", "10")
+    assert run.wait() == 0, run.text
+    after = read_metrics(place / "sft" / "metrics.jsonl")
+    assert [r["optim/loss"] for r in after] == [r["optim/loss"] for r in before]
+    assert names(place / "sft" / "checkpoints") == ["step_000010", "step_000012", "superseded"]
+    assert names(place / "sft" / "checkpoints" / "superseded") == ["step_000012"]
 
 
 def test_a_run_directory_is_never_overwritten(place, start):
@@ -161,7 +178,7 @@ def test_ctrl_c_ends_after_the_step_and_keeps_what_was_done(place, start):
 
 def test_resuming_goes_on_to_the_end(place, start):
     done = read_metrics(place / "rl" / "metrics.jsonl")[-1]["step"]
-    run = start(*rl(place, "rl", f"loop.num_steps={done + 2}"), "--resume")
+    run = start(*rl(place, "rl", f"loop.num_steps={done + 2}"), "--resume", "auto")
     assert run.wait() == 0, run.text
     run.expect_no_process_left()
     assert f"engine serves version {done}, confirmed" in run.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.config import AlgorithmConfig, TrainerConfig
+from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.layout import Place
 from megatron_vespo.trainer.outputs import merge_scores, merge_step
 from megatron_vespo.types import RunError
@@ -49,14 +51,24 @@ class Pool:
             pipe.send((method, args))
         return self._answers(num)
 
+    def answers(self, num: int, method: str, *args: Any) -> list[Any]:
+        """Of every rank, exceptions among them."""
+        for _, pipe in self.workers[:num]:
+            pipe.send((method, args))
+        return self._received(num)
+
     def _answers(self, num: int) -> list[Any]:
+        answers = self._received(num)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+    def _received(self, num: int) -> list[Any]:
         answers = []
         for rank, (process, pipe) in enumerate(self.workers[:num]):
             assert pipe.poll(120), f"rank {rank} gave no answer in 120 s (alive: {process.is_alive()})"
             answers.append(pipe.recv())
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
         return answers
 
     def close(self) -> None:
@@ -77,6 +89,9 @@ class Grid:
     def call(self, method: str, *args: Any) -> list[Any]:
         return self._pool.call(self._world_size, method, *args)
 
+    def answers(self, method: str, *args: Any) -> list[Any]:
+        return self._pool.answers(self._world_size, method, *args)
+
     def step(self, sequences, step_number=0, capture_experts=True):
         return merge_step(self.call("step", sequences, step_number, capture_experts), sequences)
 
@@ -89,6 +104,20 @@ class Grid:
 
     def weights(self) -> dict[str, np.ndarray]:
         return self.call("weights")[0]
+
+    def masters(self, kind: str) -> dict[str, np.ndarray]:
+        """The optimizer's "weight", "exp_avg" or "exp_avg_sq", by Hugging Face name."""
+        return self.call("masters", kind)[0]
+
+    def save(self, directory: Path, step_number: int, state: dict[str, Any]) -> None:
+        checkpoint.prepare(directory)
+        self.call("begin_save", directory)
+        self.commit(directory, step_number, state)
+
+    def commit(self, directory: Path, step_number: int, state: dict[str, Any]) -> None:
+        while None in (files := self.call("written", directory)):
+            time.sleep(0.01)
+        self._pool.call(1, "commit", directory, step_number, state, files)
 
 
 def free_port() -> int:
@@ -143,7 +172,7 @@ class _Worker:
         return self.trainer.score(sequences)
 
     def weights(self) -> dict[str, np.ndarray]:
-        return {name: tensor.numpy() for name, tensor in self.trainer.export()}
+        return {name: tensor.float().numpy() for name, tensor in self.trainer.export()}
 
     def gradients(self, sequences) -> dict[str, np.ndarray]:
         from megatron_vespo.trainer.hf_weights import Export
@@ -152,7 +181,10 @@ class _Worker:
         trainer._optimizer.zero_grad()
         (work,) = trainer._works(sequences)
         trainer._run(work, train=True, records=False)
-        export = Export(list(map(_Gradients, trainer.chunks)), trainer.shape, trainer.groups)
+        gradients = [
+            _Tensors([(n, p.main_grad) for n, p in chunk.named_parameters()]) for chunk in trainer.chunks
+        ]
+        export = Export(gradients, trainer.shape, trainer.groups)
         return {name: tensor.numpy().copy() for name, tensor in export.run()}
 
     def weights_in_blocks(self, block_bytes) -> dict[str, np.ndarray]:
@@ -177,8 +209,47 @@ class _Worker:
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
-    def save(self, directory, step_number, state) -> None:
-        self.trainer.save(directory, step_number, state)
+    def begin_save(self, directory) -> None:
+        self.trainer.begin_save(directory)
+
+    def written(self, directory):
+        return self.trainer.written(directory)
+
+    def commit(self, directory, step_number, state, files) -> None:
+        self.trainer.commit(directory, step_number, state, files)
+
+    def masters(self, kind) -> dict[str, np.ndarray]:
+        """Put together by collectives, not from files."""
+        import torch
+
+        from megatron_vespo.trainer.adam_state import held_ranges
+        from megatron_vespo.trainer.hf_weights import Export, described
+
+        trainer, groups = self.trainer, self.trainer.groups
+        whole = {p: torch.zeros(p.shape) for chunk in trainer.chunks for p in chunk.parameters()}
+        for held in held_ranges(trainer._optimizer.megatron):
+            values = held.weight if kind == "weight" else held.moment(kind)
+            whole[held.parameter].view(-1)[held.start : held.end] = values
+        if trainer._cfg.optimizer.distributed:
+            for cut, parameter in described(trainer.chunks, trainer.shape, groups):
+                group = groups.expert_data if cut.is_expert else groups.data_and_context
+                torch.distributed.all_reduce(whole[parameter], group=group)
+        export = Export(
+            [_Tensors([(n, whole[p]) for n, p in chunk.named_parameters()]) for chunk in trainer.chunks],
+            trainer.shape,
+            groups,
+        )
+        return {name: tensor.numpy().copy() for name, tensor in export.run()}
+
+    def rounding_gap(self) -> float:
+        """Largest |weight - its master weight, rounded| on this rank."""
+        from megatron_vespo.trainer.adam_state import held_ranges
+
+        gaps = []
+        for held in held_ranges(self.trainer._optimizer.megatron):
+            weight = held.parameter.detach().view(-1)[held.start : held.end]
+            gaps.append(float((weight - held.weight.to(weight.dtype)).abs().max()))
+        return max(gaps)
 
     def num_steps(self) -> int:
         return self.trainer.num_steps
@@ -205,6 +276,13 @@ class _Worker:
             "expert_data": ps.get_expert_data_parallel_rank(),
         }
 
+    def fill(self, suffix: str, value: float) -> None:
+        """Overwrite the parameters whose names end so."""
+        for chunk in self.trainer.chunks:
+            for name, parameter in chunk.named_parameters():
+                if name.endswith(suffix):
+                    parameter.data.fill_(value)
+
     def poison(self, value: float) -> None:
         """Overwrite one weight of the last layer norm, on the ranks that hold it."""
         import torch
@@ -226,11 +304,14 @@ class _Worker:
             self.trainer.chunks[-1].register_forward_hook(poisoned)
 
 
-class _Gradients:
-    """Looks like the model to `Export`, but its parameters are the accumulated gradients."""
+class _Tensors:
+    """Looks like the model to `Export`, but its parameters are other tensors of the same shapes."""
 
-    def __init__(self, model) -> None:
-        self._grads = [(name, p.main_grad) for name, p in model.named_parameters()]
+    def __init__(self, tensors) -> None:
+        self._tensors = tensors
 
     def named_parameters(self):
-        return iter(self._grads)
+        return iter(self._tensors)
+
+    def parameters(self):
+        return (tensor for _, tensor in self._tensors)

@@ -289,14 +289,14 @@ def main() -> None:
     only = parser.parse_args().only
     cases = [case for case in CASES if any(word in case.name for word in only)]
     head = "".join(f"{part + ' MiB':>17} {'error':>7}" for part in PARTS)
-    lines, errors = [f"{'case':<40} stage{head}"], {part: [] for part in PARTS}
+    lines, errors = [f"{'case':<44} stage{head}"], {part: [] for part in PARTS}
     with tempfile.TemporaryDirectory() as root:
         models = write_models(Path(root))
         for case, measured in zip(cases, run(cases, models), strict=True):
             for name, (stage, *numbers) in rows(case, measured, models[case.model]):
                 pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
                 lines.append(
-                    f"{name:<40} {stage:5.0f}" + "".join(f"{mib:17.2f} {error:+7.1%}" for mib, error in pairs)
+                    f"{name:<44} {stage:5.0f}" + "".join(f"{mib:17.2f} {error:+7.1%}" for mib, error in pairs)
                 )
                 for part, (_, error) in zip(PARTS, pairs, strict=True):
                     errors[part].append(abs(error))

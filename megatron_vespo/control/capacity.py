@@ -125,20 +125,20 @@ def find_machines(gpu: str, gpus_per_node: int = 8, peak_share: float | None = N
 def workload(cfg: TrainConfig | SftConfig, mean_response_tokens: float | None) -> Workload:
     """One batch of a run; prompts count with their greatest length."""
     if isinstance(cfg, SftConfig):
-        mean = _mean(mean_response_tokens, cfg.data.max_tokens)
+        longest = padded_length(cfg.data.max_tokens, cfg.trainer.layout)
+        mean = min(longest, _mean(mean_response_tokens, cfg.data.max_tokens))
         return Workload(
-            num_sequences=cfg.batch_size,
-            max_tokens=padded_length(cfg.data.max_tokens, cfg.trainer.layout),
-            mean_tokens=mean,
-            mean_response_tokens=mean,
+            num_sequences=cfg.batch_size, max_tokens=longest, mean_tokens=mean, mean_response_tokens=mean
         )
     mean = _mean(mean_response_tokens, cfg.sampling.max_response_tokens)
-    longest = cfg.prompts.max_prompt_tokens + cfg.sampling.max_response_tokens
+    longest = padded_length(
+        cfg.prompts.max_prompt_tokens + cfg.sampling.max_response_tokens, cfg.trainer.layout
+    )
     has_reference = cfg.algorithm.kl_coeff > 0
     return Workload(
         num_sequences=cfg.loop.prompts_per_step * cfg.loop.group_size,
-        max_tokens=padded_length(longest, cfg.trainer.layout),
-        mean_tokens=cfg.prompts.max_prompt_tokens + mean,
+        max_tokens=longest,
+        mean_tokens=min(longest, cfg.prompts.max_prompt_tokens + mean),
         mean_response_tokens=mean,
         num_updates=cfg.loop.updates_per_batch,
         num_scoring=(cfg.loop.updates_per_batch > 1) + has_reference,

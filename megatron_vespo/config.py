@@ -89,7 +89,8 @@ class OptimizerConfig(_Section):
     overlap: bool = False
     """Reduce gradients and gather updated weights while the passes run (needs `distributed`)."""
     cpu_offload: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the optimizer state that lives, and is updated, in host memory (needs device = "cuda")."""
+    """Share of the optimizer state that lives, and is updated, in host memory (needs device = "cuda", dtype = "bfloat16"
+    and `distributed`)."""
 
     @model_validator(mode="after")
     def _schedule_is_complete(self) -> OptimizerConfig:
@@ -158,6 +159,16 @@ class TrainerConfig(_Section):
     """Longest wait for the cluster to have room for all ranks."""
     megatron: dict[str, Any] = {}
     """Verbatim fields of Megatron-Core's TransformerConfig; what the layout, the model or the loss decides is refused."""
+
+    @model_validator(mode="after")
+    def _state_can_be_offloaded(self) -> TrainerConfig:
+        if self.optimizer.cpu_offload and not (self.optimizer.distributed and self.dtype == "bfloat16"):
+            raise ValueError(
+                f"optimizer.cpu_offload = {self.optimizer.cpu_offload:g}: Megatron-Core offloads the master weights of its "
+                f"distributed optimizer in bfloat16 alone, and this run has distributed = {str(self.optimizer.distributed).lower()}, "
+                f"dtype = '{self.dtype}'; set both, or take it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cpu_can_do_it(self) -> TrainerConfig:

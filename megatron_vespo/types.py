@@ -162,6 +162,11 @@ class StepOutput:
     """Seconds by phase, of the slowest rank."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
     """Peak by phase, of the fullest rank: of its device, or of its process on CPU."""
+    model_flops: float = 0.0
+    """Useful operations of the updates, over all ranks (no recomputation, no scoring passes)."""
+    num_ranks: int = 1
+    peak_flops_s: float | None = None
+    """bfloat16 operations per second of one rank's device; None where they are not known."""
 
     @property
     def loss(self) -> float:
@@ -177,6 +182,11 @@ class StepOutput:
     def learning_rate(self) -> float:
         """Of the last update."""
         return self.updates[-1].learning_rate
+
+    @property
+    def flops_s(self) -> float:
+        """Useful operations per second of one rank, over all phases."""
+        return self.model_flops / self.num_ranks / max(sum(self.time_s.values()), 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +204,7 @@ class Trainer(Protocol):
     """pi: the policy's weights and their optimizer, on all ranks together."""
 
     async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
-        """One optimizer step on the whole batch."""
+        """The optimizer updates on one batch; they make the next version."""
         ...
 
     async def publish(self, version: int) -> SyncReport:
@@ -202,7 +212,7 @@ class Trainer(Protocol):
         ...
 
     async def save(self, version: int, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint from which a run resumes after `version` steps."""
+        """Begin a checkpoint from which a run resumes after `version` steps; training may go on while it is written."""
         ...
 
 

@@ -70,6 +70,10 @@ def optimizer_metrics(output: StepOutput) -> Metrics:
         "packing/padding_fraction": float(np.mean([update.padding for update in updates])),
         **{f"memory/train_{part}_bytes": num_bytes for part, num_bytes in output.memory_bytes.items()},
     }
+    if output.model_flops:
+        metrics["throughput/tflops_per_s_rank"] = output.flops_s / 1e12
+    if output.peak_flops_s:
+        metrics["throughput/mfu"] = output.flops_s / output.peak_flops_s
     if len(updates) > 1:
         metrics["optim/loss_updates"] = [update.loss for update in updates]
         metrics["optim/grad_norm_updates"] = [update.grad_norm for update in updates]

@@ -31,6 +31,7 @@ class Observer:
         self.heldout = heldout
         self.progress = start
         self._cfg = cfg.loop
+        self._writes_in_background = cfg.trainer.async_save
         self._run, self._log, self._view, self._verifier = run, log, view, verifier
         self._failed_before = (0, 0)
         self._pending: Metrics = {}
@@ -72,7 +73,8 @@ class Observer:
 
     def saved(self, seconds: float) -> None:
         """A checkpoint of the current version is on disk; its time is written down with the next step."""
-        self._view.event(f"version {self.progress.version}: checkpoint saved in {seconds:.1f} s")
+        how = "copied, and is being written" if self._writes_in_background else "saved"
+        self._view.event(f"version {self.progress.version}: checkpoint {how} ({seconds:.1f} s)")
         self._pending["time/save_s"] = seconds
 
     def flush(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,13 @@ from megatron_vespo.config import ConfigError, SftConfig, TrainConfig, TrainerCo
 from megatron_vespo.data.prompts import load_demonstrations, load_prompts, load_tokenizer
 from megatron_vespo.rollout.server import command as engine_command
 from megatron_vespo.trainer.hf_config import ModelShape, read_model_shape
+from megatron_vespo.trainer.hf_weights import check_weights
 from megatron_vespo.trainer.layout import check_layout, grid
 from megatron_vespo.trainer.packing import padded_length
+from megatron_vespo.trainer.reference import check_same_shape
 from megatron_vespo.types import Prompt, TrainSequence
+
+logger = logging.getLogger(__name__)
 
 _NUM_CANARIES = 4
 _ANY_PORT = 30000
@@ -54,6 +59,9 @@ def plan_train(cfg: TrainConfig) -> TrainPlan:
     engine_command(
         cfg.rollout, cfg.model, port=_ANY_PORT
     )  # refuses what the server could not be started with
+    if cfg.algorithm.kl_coeff and (reference := cfg.algorithm.reference):
+        check_same_shape(reference, shape)
+        check_weights(reference, shape)
     tokenizer = load_tokenizer(cfg.model)
     prompts = load_prompts(cfg.prompts.train, tokenizer, cfg.prompts)
     heldout = load_prompts(cfg.prompts.heldout, tokenizer, cfg.prompts) if cfg.prompts.heldout else []
@@ -106,6 +114,17 @@ def _checked_shape(model: Path, cfg: TrainerConfig, longest: int, field: str) ->
     """The model's shape, if it can be divided over the layout and hold sequences of `longest` tokens."""
     shape = read_model_shape(model)
     check_layout(cfg.layout, shape)
+    check_weights(model, shape)
+    if cfg.router_replay != "off" and not shape.num_experts:
+        raise ConfigError(
+            f"trainer.router_replay = '{cfg.router_replay}': the model is dense and has no routers; set it to 'off'"
+        )
+    if cfg.moe_aux_loss_coeff:
+        logger.warning(
+            "trainer.moe_aux_loss_coeff = %g: a load-balancing loss is on, whose gradient is not the policy's; RL of MoE models "
+            "is done without, as is the default 0",
+            cfg.moe_aux_loss_coeff,
+        )
     if cfg.megatron:
         from megatron_vespo.trainer.model import check_overrides  # imports megatron: seconds
 

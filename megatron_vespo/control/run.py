@@ -15,6 +15,7 @@ from megatron_vespo.control import loop, session
 from megatron_vespo.control.actors import PolicySpec, TrainerGroup
 from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.clock import StepClock
+from megatron_vespo.control.measurements import optimizer_metrics
 from megatron_vespo.control.observer import Observer
 from megatron_vespo.control.plan import TrainPlan, plan_sft, plan_train
 from megatron_vespo.control.progress import Progress, Resume, keep, name_of_stream, rescue, start_of
@@ -142,9 +143,7 @@ async def _finetune(
                 output = await clock.lap("train", trainer.step(batch))
                 progress = progress.after(1, len(batch))
                 record = desk.log.log(progress.version, {
-                    "optim/loss": output.loss,
-                    "optim/grad_norm": output.grad_norm,
-                    "optim/learning_rate": output.learning_rate,
+                    **optimizer_metrics(output),
                     "time/step_s": clock.elapsed_s,
                     "throughput/tokens_per_s": sum(len(s.token_ids) for s in batch) / clock.elapsed_s,
                 })  # fmt: skip

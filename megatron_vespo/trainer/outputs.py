@@ -64,6 +64,10 @@ class RankOutput:
     """Whole; empty after scoring."""
     time_s: dict[str, float]
     memory_bytes: dict[str, int]
+    model_flops: float = 0.0
+    """Whole."""
+    peak_flops_s: float | None = None
+    """Of this rank's device."""
 
 
 def merge_scores(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
@@ -101,6 +105,9 @@ def merge_step(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]
         memory_bytes={
             name: max(output.memory_bytes[name] for output in outputs) for name in whole.memory_bytes
         },
+        model_flops=whole.model_flops,
+        num_ranks=len(outputs),
+        peak_flops_s=whole.peak_flops_s,
     )
 
 

@@ -27,11 +27,7 @@ class Reference:
         """
         from megatron_vespo.trainer.hf_weights import load_hf
 
-        if read_model_shape(source) != shape:
-            raise ConfigError(
-                f"algorithm.reference = '{source}': its config.json describes another model than the policy's; both must have "
-                "one shape, because the reference is scored in the policy's place; choose a checkpoint of the same model"
-            )
+        check_same_shape(source, shape)
         load_hf(chunks, source, shape, groups)
         self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         self._weights = self._copied()
@@ -53,3 +49,16 @@ class Reference:
         with torch.no_grad():
             for parameter, weight in zip(self._parameters, weights, strict=True):
                 parameter.copy_(weight)
+
+
+def check_same_shape(source: Path, shape: ModelShape) -> None:
+    """Refuse a reference that cannot stand in the policy's place.
+
+    Raises:
+        ConfigError: its config.json describes another model.
+    """
+    if read_model_shape(source) != shape:
+        raise ConfigError(
+            f"algorithm.reference = '{source}': its config.json describes another model than the policy's; both must have "
+            "one shape, because the reference is scored in the policy's place; choose a checkpoint of the same model"
+        )

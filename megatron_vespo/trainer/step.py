@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_vespo.algo.loss import token_weights
@@ -35,6 +36,7 @@ from megatron_vespo.trainer.packing import Microbatch, crossover_tokens, plan
 from megatron_vespo.trainer.phases import Phases
 from megatron_vespo.trainer.rank_checkpoint import RankCheckpoint
 from megatron_vespo.trainer.reference import Reference
+from megatron_vespo.trainer.step_time import known_peak_flops, training_flops
 from megatron_vespo.types import RunError, TrainSequence, Update
 
 
@@ -73,6 +75,7 @@ class TrainerRank:
         self._crossover = crossover_tokens(self.shape)
         # Pipeline stages receive activations of one shape, and ranks that gather each other's tokens equal parts.
         self._uniform = cfg.layout.pipeline > 1 or token_dispatcher(cfg) == "allgather"
+        self._peak_flops_s = known_peak_flops(torch.cuda.get_device_name()) if cfg.device == "cuda" else None
         self.groups = init_process_groups(
             cfg.layout, place, device=cfg.device, timeout_s=cfg.collective_timeout_s
         )
@@ -171,6 +174,8 @@ class TrainerRank:
             updates=tuple(updates),
             time_s=phases.time_s,
             memory_bytes=phases.memory_bytes,
+            model_flops=self._flops(sequences),
+            peak_flops_s=self._peak_flops_s,
         )
 
     def score(self, sequences: Sequence[TrainSequence], *, capture_experts: bool = True) -> RankOutput:
@@ -256,6 +261,11 @@ class TrainerRank:
             num_microbatches=len(work.microbatches),
             padding=1 - num_inputs / work.num_packed,
         )
+
+    def _flops(self, sequences: Sequence[TrainSequence]) -> float:
+        num_inputs = np.array([len(s.token_ids) - 1 for s in sequences], np.float64)
+        num_responses = sum(s.num_response_tokens for s in sequences)
+        return training_flops(self.shape, num_inputs.sum(), np.square(num_inputs).sum(), num_responses)
 
     def _check_experts(self, sequences: Sequence[TrainSequence]) -> None:
         from megatron_vespo.trainer.routing import RouterSize, check_experts

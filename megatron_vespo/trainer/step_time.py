@@ -155,30 +155,57 @@ class _Flops:
     feed_forward: float
 
 
-def _layer_flops(shape: ModelShape, work: Workload) -> _Flops:
+def _layer_flops(shape: ModelShape, num_tokens: float, squares: float) -> _Flops:
     """2 per weight and token; causal attention over L tokens: 2 L q per token (half of 4 L q)."""
     h, q = shape.hidden_size, shape.num_heads * shape.head_dim
-    tokens = work.num_sequences * work.mean_tokens
     width = shape.ffn_size
     if shape.num_experts:
         width = shape.experts_per_token * shape.expert_ffn_size
     return _Flops(
-        projections=2 * tokens * (h * (q + 2 * shape.num_groups * shape.head_dim) + q * h),
-        attention=2 * tokens * work.mean_tokens * q,
-        feed_forward=2 * tokens * (3 * h * width + h * shape.num_experts),
+        projections=2 * num_tokens * (h * (q + 2 * shape.num_groups * shape.head_dim) + q * h),
+        attention=2 * squares * q,
+        feed_forward=2 * num_tokens * (3 * h * width + h * shape.num_experts),
     )
 
 
-def _head_flops(shape: ModelShape, work: Workload) -> float:
+def _work_flops(shape: ModelShape, work: Workload) -> _Flops:
+    num_tokens = work.num_sequences * work.mean_tokens
+    return _layer_flops(shape, num_tokens, num_tokens * work.mean_tokens)
+
+
+def _head_flops(shape: ModelShape, num_responses: float) -> float:
     """Only response tokens are scored."""
-    return 2 * work.num_sequences * work.mean_response_tokens * shape.hidden_size * shape.vocab_size
+    return 2 * num_responses * shape.hidden_size * shape.vocab_size
+
+
+def training_flops(shape: ModelShape, num_tokens: float, squares: float, num_responses: float) -> float:
+    """Useful operations of the updates on a batch: forward and backward (twice the forward), over all ranks.
+
+    Neither recomputation nor scoring passes count; this is the numerator of MFU.
+
+    Args:
+        num_tokens: processed tokens of all sequences together, without padding.
+        squares: sum over the sequences of the square of their tokens.
+        num_responses: tokens that the LM head scores.
+    """
+    layer = _layer_flops(shape, num_tokens, squares)
+    once = shape.num_layers * (layer.projections + layer.attention + layer.feed_forward)
+    return 3 * (once + _head_flops(shape, num_responses))
 
 
 def model_flops(shape: ModelShape, work: Workload) -> float:
-    """Forward and backward (twice the forward) of the updates, over all ranks."""
-    layer = _layer_flops(shape, work)
-    once = shape.num_layers * (layer.projections + layer.attention + layer.feed_forward)
-    return 3 * (once + _head_flops(shape, work))
+    """`training_flops` of a workload whose sequences all have its mean lengths."""
+    num_tokens = work.num_sequences * work.mean_tokens
+    num_responses = work.num_sequences * work.mean_response_tokens
+    return training_flops(shape, num_tokens, num_tokens * work.mean_tokens, num_responses)
+
+
+def known_peak_flops(device_name: str) -> float | None:
+    """bfloat16 operations per second of the GPU that calls itself so, or None where it is not in GPUS."""
+    for gpu in GPUS.values():
+        if gpu.name.partition("-")[0].upper() in device_name.upper():
+            return gpu.flops_s
+    return None
 
 
 def stage_flops(shape: ModelShape, cfg: TrainerConfig, work: Workload) -> dict[str, float]:
@@ -187,9 +214,9 @@ def stage_flops(shape: ModelShape, cfg: TrainerConfig, work: Workload) -> dict[s
     Passes over a layer: 1 forward, 2 backward, 1 for what is recomputed, 1 for each scoring pass.  Over the head:
     4, because its logits are made again in the backward pass.
     """
-    layer, layout = _layer_flops(shape, work), cfg.layout
+    layer, layout = _work_flops(shape, work), cfg.layout
     ranks = layout.data * layout.context * layout.tensor
-    head = _head_flops(shape, work) / ranks
+    head = _head_flops(shape, work.num_sequences * work.mean_response_tokens) / ranks
     again = {"none": (0, 0, 0), "selective": (0, 1, 1), "full": (1, 1, 1)}[cfg.recompute]
 
     def of_stage(stage: int) -> dict[str, float]:

@@ -18,19 +18,19 @@ VESPO = AlgorithmConfig(name="vespo")
 @pytest.fixture(scope="session")
 def tiny_moe(tmp_path_factory):
     """A random Qwen3-MoE: 4 layers, 8 experts top-2, untied embeddings."""
-    return _write_model(tmp_path_factory.mktemp("moe"), moe=True, tie_word_embeddings=False)
+    return write_model(tmp_path_factory.mktemp("moe"), moe=True, tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="session")
 def tiny_dense(tmp_path_factory):
     """A random dense Qwen3 with tied embeddings."""
-    return _write_model(tmp_path_factory.mktemp("dense"), moe=False, tie_word_embeddings=True)
+    return write_model(tmp_path_factory.mktemp("dense"), moe=False, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """A random Llama-3.2: tied embeddings, rotary frequencies scaled for its 64 original positions."""
-    return _write_model(tmp_path_factory.mktemp("llama"), moe=False, tie_word_embeddings=True, llama=True)
+    return write_model(tmp_path_factory.mktemp("llama"), moe=False, tie_word_embeddings=True, llama=True)
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +97,7 @@ def make_batch(num=6, seed=0, behavior_noise: float | None = None) -> list[Train
     return batch
 
 
-def _write_model(directory, *, moe, tie_word_embeddings, llama=False):
+def write_model(directory, *, moe, tie_word_embeddings, llama=False):
     import torch
     import transformers as hf
 

@@ -14,6 +14,7 @@ from conftest import make_batch, trainer_config
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.types import RunError
 
+ZERO1_OVERLAPPED = {"optimizer": {"distributed": True, "overlap": True}}
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 ZERO1 = {"optimizer": {"distributed": True}}
 BF16 = {"dtype": "bfloat16"}
@@ -94,6 +95,18 @@ def test_a_checkpoint_before_the_first_step_loads(pool, tiny_moe, tmp_path):
         ("tiny_moe", {"data": 4, "expert": 2} | ZERO1 | BF16, {"data": 2, "expert": 2} | BF16),
         ("tiny_moe", {"data": 2} | BF16, {"tensor": 2, "pipeline": 2, "expert": 2} | ZERO1 | BF16),
         ("tiny_moe", {"expert": 2, "data": 2} | ZERO1 | BF16, {}),
+        (
+            "tiny_moe",
+            {"pipeline": 2, "virtual_pipeline": 2, "data": 2, "expert": 2} | ZERO1_OVERLAPPED,
+            {"tensor": 2, "data": 2, "expert": 2, "expert_tensor": 2} | ZERO1,
+        ),
+        (
+            "tiny_moe",
+            {"tensor": 2, "data": 2, "expert": 2, "expert_tensor": 2} | BF16,
+            {"pipeline": 2, "virtual_pipeline": 2, "data": 2} | ZERO1_OVERLAPPED | BF16,
+        ),
+        ("tiny_moe", {"pipeline": 2, "first_stage_layers": 1}, {"pipeline": 4} | ZERO1),
+        ("tiny_llama", {"tensor": 2, "context": 2} | ZERO1, {"pipeline": 2}),
         ("tiny_dense", {"tensor": 2, "pipeline": 2} | ZERO1, {}),
         ("tiny_dense", {"tensor": 2}, {"pipeline": 2, "data": 2} | ZERO1),
         ("tiny_dense", {"pipeline": 4} | BF16, {"tensor": 2, "data": 2} | ZERO1 | BF16),

@@ -118,6 +118,13 @@ def test_a_uniform_length_is_no_longer_than_the_sequences_need():
     assert [[mb.length for mb in rank] for rank in ranks] == [[6], [6]]
 
 
+def test_interleaved_stages_get_whole_groups_of_microbatches():
+    layout = LayoutConfig(pipeline=4, virtual_pipeline=2, data=2)
+    for num in (1, 3, 9, 17):
+        ranks = plan([sequence(9)] * num, layout, max_tokens=8, uniform=True)
+        assert {len(rank) for rank in ranks} == {4 * -(-num // 8)}
+
+
 def test_a_sequence_longer_than_the_budget_is_named():
     with pytest.raises(RunError, match=r"sequence long: 12 padded tokens exceed .* = 8"):
         plan([sequence(10, uid="long")], LayoutConfig(tensor=4), max_tokens=8, uniform=False)

@@ -20,27 +20,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trainer import QWEN3_30B_A3B, write_model
+from transformers import AutoModelForCausalLM
 
 from megatron_vespo.algo.mismatch import token_gap
 from megatron_vespo.data.demo import write_demo_inputs
 
 ROOT = Path("runs/one_gpu")
-QWEN3_30B_A3B = {
-    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4,
-    "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
-    "max_position_embeddings": 4096, "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-}  # fmt: skip
 
 
 def write_cut_model(num_layers: int) -> None:
     """Random weights in bfloat16, with the demo's byte-level tokenizer."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(**QWEN3_30B_A3B, num_hidden_layers=num_layers)
-    with torch.device("cuda"):
-        model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(ROOT / "model")
-    del model
+    write_model(ROOT / "model", QWEN3_30B_A3B, num_layers, "bfloat16")
     torch.cuda.empty_cache()  # the run that follows has the whole GPU
     demo = write_demo_inputs(ROOT / "inputs", seed=0) / "model"
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -162,15 +162,22 @@ def write_weights(
         with path.open("wb") as file:
             file.write(_header_bytes(names, sizes, dtype))
             for name in names:
-                arrived, tensor = next(stream)
-                assert (arrived, tuple(tensor.shape), tensor.dtype) == (name, sizes[name], dtype), arrived
-                file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                _write_next(file, stream, (name, sizes[name], dtype))
             file.flush()
             os.fsync(file.fileno())
     if len(parts) > 1:
         total = sum(math.prod(size) for size in sizes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_next(
+    file: BinaryIO, stream: Iterator[tuple[str, Tensor]], expected: tuple[str, Size, torch.dtype]
+) -> None:
+    # A function of its own, so that no tensor outlives it: the stream brings its next block only after the last one is gone.
+    name, tensor = next(stream)
+    assert (name, tuple(tensor.shape), tensor.dtype) == expected, f"{name} arrived, expected {expected}"
+    file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def publish(partial: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -112,7 +112,7 @@ class Cut:
 
 
 @cache
-def hf_tensors(shape: ModelShape) -> dict[str, Size]:
+def hf_tensors(shape: ModelShape) -> Mapping[str, Size]:
     """Name and shape of every Hugging Face tensor of the model, in the order in which an export yields them."""
     letters, rows = _letters(shape), TABLES[shape.family]
     dense, experts = [r for r in rows if not r.is_expert], [r for r in rows if r.is_expert]
@@ -163,6 +163,7 @@ class Chunk(Protocol):
 
 def described(chunks: Sequence[Chunk], shape: ModelShape, groups: Groups) -> Iterator[tuple[Cut, Tensor]]:
     """Every parameter of this rank with its cut; `chunks` are its parts of the model, in the order of the pipeline."""
+    assert len(chunks) == groups.layout.virtual_pipeline, f"{len(chunks)} model chunks on {groups.name}"
     first_expert = groups.at.expert * (shape.num_experts // groups.layout.expert)
     for number, chunk in enumerate(chunks):
         layers = layers_of_chunk(groups.layout, shape, groups.at.pipeline, number)
@@ -200,7 +201,7 @@ def join(how: str, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
         return [_cat(half, 0) for half in zip(*(shard.chunk(2) for shard in shards), strict=True)]
     if how == "qkv":
         rows = _group_rows(shape)
-        fused = _cat(shards, 0).view(shape.num_groups, sum(rows), -1)
+        fused = _cat(shards, 0).reshape(shape.num_groups, sum(rows), -1)
         return [part.flatten(0, 1) for part in fused.split(rows, dim=1)]
     return [shards[0] if how == "whole" else _cat(shards, 0 if how == "rows" else 1)]
 
@@ -224,7 +225,8 @@ def _fuse(how: str, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
     """One rank's Megatron parameter from this rank's part of each Hugging Face tensor."""
     if how == "qkv":  # a key/value group's queries, its key, its value; then the next group's
         by_group = [
-            part.view(-1, rows, part.shape[-1]) for part, rows in zip(parts, _group_rows(shape), strict=True)
+            part.reshape(-1, rows, part.shape[-1])
+            for part, rows in zip(parts, _group_rows(shape), strict=True)
         ]
         return torch.cat(by_group, dim=1).flatten(0, 1)
     return _cat(parts, 0)
@@ -296,7 +298,7 @@ def _load(cut: Cut, parameter: Tensor, reader: HfReader, shape: ModelShape, grou
         for head in _HEAD.hf.keys() & reader.files.keys():
             if not torch.equal(reader.read(head, wholes[0], windows[0]), parts[0]):
                 raise ConfigError(
-                    f"{reader.source}: '{head}' differs from '{cut.names[0]}' although config.json ties them; set "
+                    f"model = '{reader.source}': '{head}' differs from '{cut.names[0]}' although config.json ties them; set "
                     "tie_word_embeddings = false there, or take the checkpoint that it belongs to"
                 )
     fused = _fuse(cut.how, parts, shape)
@@ -427,9 +429,9 @@ def save_hf(export: Export, source: Path, target: Path, *, rank: int, file_bytes
         RunError: on every rank, where `target` exists already or rank 0 cannot write; nothing is left behind.
     """
     partial = target.with_name(f".{target.name}.partial")
-    _stop_together(_begin(partial, source, target, export.dtype) if rank == 0 else None, RunError)
     stream, sizes, problem = export.run(), hf_tensors(export.shape), None
     try:
+        _stop_together(_begin(partial, source, target, export.dtype) if rank == 0 else None, RunError)
         if rank == 0:
             problem = _failure(
                 target, lambda: write_weights(partial, stream, sizes, export.dtype, file_bytes)

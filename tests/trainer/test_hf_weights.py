@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from megatron_vespo.trainer.hf_config import ModelShape, read_model_shape
 from megatron_vespo.trainer.hf_weights import (
     TABLES,
     Cut,
+    Export,
     check_weights,
     describe,
     described,
@@ -153,7 +155,7 @@ def test_an_existing_directory_is_never_overwritten(pool, tiny_moe, tmp_path):
         pool.grid(trainer_config(tensor=2), tiny_moe).call("save_hf", tmp_path / "out")
 
 
-@pytest.mark.parametrize("limit", [1_000, 300_000], ids=["config", "weights"])
+@pytest.mark.parametrize("limit", [100, 10_000, 300_000], ids=["config", "first", "middle"])
 def test_where_the_disk_is_full_all_ranks_stop_and_nothing_is_left(pool, tiny_moe, tmp_path, limit):
     (tmp_path / "out").mkdir()
     grid = pool.grid(trainer_config(tensor=2, expert=2, pipeline=2), tiny_moe)
@@ -413,6 +415,17 @@ def test_all_ranks_together_hold_the_checkpoint_once(alone, tmp_path, shape, axe
         joined |= dict(zip(cut.names, join(cut.how, list(parts.values()), shape), strict=True))
     assert joined.keys() == weights.keys()
     assert all(np.array_equal(joined[name].numpy(), weights[name]) for name in weights)
+
+
+def test_an_export_holds_one_block_at_a_time(alone):
+    chunks, groups = next(fake_ranks(MOE, LayoutConfig()))
+    export = Export(chunks, MOE, groups, block_bytes=8192)  # two of the fused qkv, which are the largest
+    handed, most = [], 0
+    for _, tensor in export.run():
+        handed.append(weakref.ref(tensor))
+        del tensor
+        most = max(most, sum(x().nbytes for x in handed if x() is not None))
+    assert most <= 8192 < export.num_bytes == sum(4 * math.prod(size) for size in hf_tensors(MOE).values())
 
 
 def test_interleaved_chunks_are_dealt_out_over_the_stages_in_turn():

@@ -1,8 +1,9 @@
 """Memory and time of the chunked LM head against versions with the logits of all tokens, as one table.
 
-    python benchmarks/logprobs.py [--tokens 1024 2048] [--vocab 151936] [--hidden 2048] [--dtype float32] [--device cpu]
+    python benchmarks/logprobs.py [--tokens 2048 3072] [--vocab 151936] [--hidden 2048] [--dtype float32] [--device cpu]
 
-Log-probs and entropies of --tokens tokens; "train" is forward and backward, "score" the forward without gradient.
+Log-probs and entropies; "train" is forward and backward, "score" the forward without gradient. Memory is measured at
+--tokens, time at --time-tokens.
 
     chunked    megatron_vespo.trainer.logprobs
     full       logits, log_softmax, gather, entropy under no_grad, and autograd
@@ -12,7 +13,8 @@ All three have float32 logits of the same accuracy; but on CUDA a bfloat16 produ
 bfloat16 first, as is usual and fastest. Peak memory is that beyond the inputs, gradients included, each of its own fresh
 process (CPU: peak resident set; CUDA: the allocator's peak). Times are medians of repetitions that take turns, in one
 process; "cpu" is processor time, which other jobs on the machine disturb less. At --extrapolate tokens the chunked
-version is measured, and the memory of the other two is a straight line through their two largest sizes.
+version is measured, and the memory of the other two is a straight line through their two largest sizes (of some
+thousand tokens: of fewer, the gradient of the head is larger than the logits and hides them).
 """
 
 from __future__ import annotations
@@ -175,13 +177,14 @@ def serve(request: str) -> None:
 def require_memory(args: argparse.Namespace, versions: list[str]) -> None:
     """Largest allocation that will be asked for, against what the machine has free (CPU only)."""
     copies = {"chunked": 0.2, "in place": 1.1, "full": 3.0}
-    logits = max(args.tokens) * args.vocab * 4
+    tokens = max(args.tokens + args.time_tokens)
+    logits = tokens * args.vocab * 4
     need = int(max(copies[v] for v in versions) * logits + 4 * args.vocab * args.hidden * 4)
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
     if args.device == "cpu" and need > min(free, args.max_gb * 1e9):
         raise SystemExit(
-            f"--tokens {max(args.tokens)} = about {need / 1e9:.0f} GB for {', '.join(versions)}: must be below --max-gb "
+            f"tokens = {tokens}, about {need / 1e9:.0f} GB for {', '.join(versions)}: must be below --max-gb "
             f"{args.max_gb:g} and the {free / 1e9:.0f} GB that are free; use fewer tokens, or fewer --versions"
         )
 
@@ -217,7 +220,7 @@ def is_measured(args: argparse.Namespace, tokens: int, version: str) -> bool:
 
 def time_rows(args: argparse.Namespace, case: str) -> list[str]:
     rows = []
-    for tokens in args.tokens:
+    for tokens in args.time_tokens:
         seconds = in_fresh_process(args, "measure_time", tokens, args.versions, case)
         base = seconds[args.versions[0]]
         for version in args.versions:
@@ -237,7 +240,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 3072])
+    parser.add_argument("--time-tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -44,12 +44,28 @@ class Work:
     """[B] weight of every token of a sequence: 1 / the global denominator of the update."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """How a pass goes."""
+
+    train: bool
+    """Forward, loss and backward; else forward alone."""
+    records_experts: bool = False
+    """Whether the routers' own choices are wanted."""
+    replays_engine: bool = False
+    """Whether the engine's expert choices are used (R3)."""
+    replayed: Outcome | None = None
+    """A pass over the same work whose expert choices are used (R2)."""
+    reference: Outcome | None = None
+    """A pass over the same work under the reference's weights."""
+
+
 @dataclass(kw_only=True)
 class Outcome:
     """What one pass collected on this rank."""
 
     tokens: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-    """By microbatch: which response tokens of the batch, log-prob, entropy, top-k mass."""
+    """By microbatch, on the ranks that report: which response tokens of the batch, log-prob, entropy, top-k mass."""
     logp: dict[int, Tensor] = field(default_factory=dict)
     """By microbatch: [S] log-probs on this rank's device, detached."""
     routing: list[RouterRows] = field(default_factory=list)
@@ -61,6 +77,42 @@ class Outcome:
     """[B]; on every rank at the end; 0 outside of the pass."""
     coefficient: Doubles
     """[B], summed over the tokens of each sequence; on every rank at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Losses:
+    """What the training loss of one microbatch leaves, on this rank's device."""
+
+    loss: Tensor
+    log_w: Tensor
+    """[n] complete."""
+    coefficient: Tensor
+    """[n] summed over the tokens that this context rank predicts."""
+    kl: Tensor | None
+    """Summed over those tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scores:
+    """One microbatch on the last stage, on this rank's device: nothing is fetched before the pass is over."""
+
+    sequences: tuple[int, ...]
+    inputs: Inputs
+    logp: Tensor
+    entropy: Tensor
+    top_k_mass: Tensor | None
+    losses: _Losses | None
+
+
+@dataclass
+class _Pass:
+    """One pass under way."""
+
+    work: Work
+    mode: Mode
+    outcome: Outcome
+    scores: dict[int, _Scores] = field(default_factory=dict)
+    """By microbatch."""
     problem: tuple[int, int] | None = None
     """The deepest unusable number: its place in PROBLEMS, and the index of its sequence."""
 
@@ -69,6 +121,18 @@ class Outcome:
         depth = PROBLEMS.index(what)
         if self.problem is None or depth > self.problem[0]:
             self.problem = depth, sequence
+
+    def note_unusable(self, scores: _Scores) -> None:
+        if len(bad := _not_finite(scores.logp)):
+            self.note("log-prob", scores.sequences[scores.inputs.segment[bad[0]]])
+        if scores.losses is None:
+            return
+        if len(bad := _not_finite(scores.losses.log_w)):  # a log-prob, here or on another context rank
+            self.note("log W", scores.sequences[bad[0]])
+        elif (
+            len(_not_finite(scores.losses.loss[None])) and scores.sequences
+        ):  # an advantage has overflowed it
+            self.note("loss", max(scores.sequences, key=lambda i: abs(self.work.sequences[i].advantage)))
 
 
 class Runner:
@@ -88,23 +152,10 @@ class Runner:
         self._ddp_chunks, self._routing, self._head = list(ddp_chunks), routing, head
         self._number_of_chunk = {id(ddp): number for number, ddp in enumerate(ddp_chunks)}
 
-    def run(
-        self,
-        work: Work,
-        *,
-        train: bool,
-        records: bool,
-        replayed: Outcome | None = None,
-        reference: Outcome | None = None,
-        step_number: int | None = None,
-    ) -> Outcome:
+    def run(self, work: Work, mode: Mode, *, step_number: int | None = None) -> Outcome:
         """Forward, and in training backward, over all microbatches.
 
         Args:
-            records: whether the routers' own choices are wanted.
-            replayed: a pass over the same work whose choices are used (R2); the engine's (R3) are used in training if
-                the configuration says so.
-            reference: a pass over the same work under the reference's weights.
             step_number: stands in errors.
 
         Raises:
@@ -114,10 +165,10 @@ class Runner:
 
         num = len(work.sequences)
         outcome = Outcome(sums=np.zeros(3), log_w=np.zeros(num), coefficient=np.zeros(num))
-        one = _Pass(work, outcome, train, records and self._routing is not None, replayed, reference)
+        one = _Pass(work, mode, outcome)
         iterators: list[Any] = [iter(enumerate(work.microbatches)) for _ in self._ddp_chunks]
         self._scale_aux_loss(work)
-        with nullcontext() if train else torch.no_grad():
+        with nullcontext() if mode.train else torch.no_grad():
             get_forward_backward_func()(
                 forward_step_func=functools.partial(self._forward, one),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -125,10 +176,16 @@ class Runner:
                 num_microbatches=len(work.microbatches),
                 seq_length=work.microbatches[0].length,
                 micro_batch_size=1,
-                forward_only=not train,
+                forward_only=not mode.train,
             )
-        if self._routing is not None:
+        if self._routing:
             self._routing.clear()
+            outcome.routing = [self._router_rows(one, *place) for place in outcome.choices]
+        for index, scores in one.scores.items():
+            one.note_unusable(scores)
+            outcome.logp[index] = scores.logp
+            if self._groups.at.tensor == 0:  # the other tensor ranks computed the same
+                self._collect(outcome, scores)
         self._stop_if_unusable(one, step_number)
         self._sum_over_ranks(one)
         return outcome
@@ -151,44 +208,44 @@ class Runner:
         from megatron_vespo.trainer.model import packed
 
         (index, microbatch), chunk = next(microbatches), self._number_of_chunk[id(ddp)]
-        layout, at, device = self._cfg.layout, self._groups.at, self._groups.device
-        inputs = cut(one.work.sequences, microbatch, layout, context_rank=at.context)
-        numbers = None
+        layout, device = self._cfg.layout, self._groups.device
+        inputs = cut(one.work.sequences, microbatch, layout, context_rank=self._groups.at.context)
+        records = one.mode.records_experts and self._routing is not None
         if self._routing:
-            whole = input_numbers(one.work.sequences, microbatch, layout, context_rank=at.context)
-            numbers = np.split(whole, layout.tensor)[at.tensor]  # sequence parallelism: this rank's slice
-            choices = self._choices(one, index, microbatch, numbers, chunk)
-            self._routing.begin(chunk, choices, records=one.records, train=one.train)
+            choices = self._choices(one, index, microbatch, chunk)
+            self._routing.begin(chunk, choices, records=records, train=one.mode.train)
         tokens, positions = (torch.from_numpy(x).to(device) for x in (inputs.tokens, inputs.positions))
-        hidden = ddp(
-            tokens,
-            positions,
-            None,
-            packed_seq_params=packed(inputs.cu_seqlens.tolist(), layout.context, device),
-        )
-        if self._routing and one.records and numbers is not None:
-            own = one.outcome.choices[chunk, index] = self._routing.own_choices(chunk)
-            one.outcome.routing.append(
-                RouterRows(
-                    number=numbers[numbers >= 0],
-                    layers=self._routing.layers(chunk),
-                    experts=own.cpu().numpy()[numbers >= 0],
-                )
-            )
+        description = packed(inputs.cu_seqlens.tolist(), layout.context, device)
+        hidden = ddp(tokens, positions, None, packed_seq_params=description)
+        if self._routing and records:
+            one.outcome.choices[chunk, index] = self._routing.own_choices(chunk)
         return hidden, functools.partial(self._loss, one, index, microbatch, inputs)
 
-    def _choices(
-        self, one: _Pass, index: int, microbatch: Microbatch, numbers: np.ndarray, chunk: int
-    ) -> Tensor | None:
+    def _choices(self, one: _Pass, index: int, microbatch: Microbatch, chunk: int) -> Tensor | None:
         """[t, l, K] int64: the expert choices to use, or None where the routers choose."""
-        if one.replayed is not None:
-            return one.replayed.choices[chunk, index].long()
-        if not one.train or self._cfg.router_replay != "engine":
+        if one.mode.replayed is not None:
+            return one.mode.replayed.choices[chunk, index].long()
+        if not one.mode.replays_engine:
             return None
+        numbers = self._router_numbers(one, microbatch)
         rows, bad = self._routing.rows(one.work.sequences, microbatch.sequences, numbers, chunk)
         if bad is not None:
-            one.outcome.note("row of expert choices", bad)
+            one.note("row of expert choices", bad)
         return torch.from_numpy(rows).to(self._groups.device).long()
+
+    def _router_numbers(self, one: _Pass, microbatch: Microbatch) -> np.ndarray:
+        """Which input of the batch each row of this rank's routers is; under sequence parallelism it has a slice."""
+        at, layout = self._groups.at, self._cfg.layout
+        whole = input_numbers(one.work.sequences, microbatch, layout, context_rank=at.context)
+        return np.split(whole, layout.tensor)[at.tensor]
+
+    def _router_rows(self, one: _Pass, chunk: int, index: int) -> RouterRows:
+        """The recorded choices of one chunk and microbatch, without padding."""
+        number = self._router_numbers(one, one.work.microbatches[index])
+        experts = one.outcome.choices[chunk, index].cpu().numpy()
+        return RouterRows(
+            number=number[number >= 0], layers=self._routing.layers(chunk), experts=experts[number >= 0]
+        )
 
     def _loss(
         self, one: _Pass, index: int, microbatch: Microbatch, inputs: Inputs, hidden: Tensor
@@ -205,23 +262,24 @@ class Runner:
             torch.from_numpy(x).to(hidden.device) for x in (inputs.at, inputs.label, inputs.segment)
         )
         stats = token_stats(hidden, head_weight(self._ddp_chunks[-1].module), at, label, self._head)
+        losses = None
         loss = stats.logp.double().sum() * 0  # scoring: nothing to differentiate
-        if one.train:
-            loss = self._training_loss(one, index, microbatch, inputs, stats.logp, segment)
-        one.outcome.logp[index] = logp = stats.logp.detach()
-        if len(bad := _not_finite(logp)):
-            one.outcome.note("log-prob", microbatch.sequences[inputs.segment[bad[0]]])
-        if self._groups.at.tensor == 0:  # the other tensor ranks computed the same
-            mass = torch.zeros(0) if stats.top_k_mass is None else stats.top_k_mass
-            numbers = (x.detach().cpu().numpy() for x in (logp, stats.entropy, mass))
-            one.outcome.tokens.append((inputs.token, *numbers))
-            one.outcome.sums[:2] += (float(loss.detach()), float(stats.entropy.detach().double().sum()))
+        if one.mode.train:
+            loss, losses = self._training_loss(one, index, microbatch, inputs, stats.logp, segment)
+        one.scores[index] = _Scores(
+            sequences=microbatch.sequences,
+            inputs=inputs,
+            logp=stats.logp.detach(),
+            entropy=stats.entropy.detach(),
+            top_k_mass=stats.top_k_mass,
+            losses=losses,
+        )
         return loss, torch.tensor(0, dtype=torch.int), {}
 
     def _training_loss(
         self, one: _Pass, index: int, microbatch: Microbatch, inputs: Inputs, logp: Tensor, segment: Tensor
-    ) -> Tensor:
-        sequences, chosen = [one.work.sequences[i] for i in microbatch.sequences], list(microbatch.sequences)
+    ) -> tuple[Tensor, _Losses]:
+        sequences = [one.work.sequences[i] for i in microbatch.sequences]
         log_ratio = _log_ratio(logp, inputs.behavior_logp)
         log_w = self._sequence_sums(log_ratio, segment, len(sequences))
 
@@ -229,26 +287,20 @@ class Runner:
             return torch.tensor(values, dtype=torch.float64, device=logp.device)
 
         advantage = per_sequence([s.advantage for s in sequences])
-        weight = per_sequence(one.work.weight[chosen].tolist())[segment]
+        weight = per_sequence(one.work.weight[list(microbatch.sequences)].tolist())[segment]
         ratios = Ratios(log_ratio_S=log_ratio, log_w_N=log_w, seq_S=segment)
         c = coefficient(self._algorithm, ratios, advantage)
-        loss = policy_loss(logp.double(), c, advantage[segment], weight)
-        kl = None
-        if one.reference is not None:
-            kl = kl_penalty(logp.double(), one.reference.logp[index].double())
+        loss, kl = policy_loss(logp.double(), c, advantage[segment], weight), None
+        if one.mode.reference is not None:
+            kl = kl_penalty(logp.double(), one.mode.reference.logp[index].double())
             loss = loss + self._algorithm.kl_coeff * (weight * kl).sum()
-        if len(bad := _not_finite(log_w)):  # a log-prob, here or on another context rank
-            one.outcome.note("log W", chosen[bad[0]])
-        elif len(_not_finite(loss[None])) and chosen:  # an advantage has overflowed it
-            one.outcome.note("loss", max(chosen, key=lambda i: abs(one.work.sequences[i].advantage)))
-        if self._groups.at.tensor == 0:
-            if kl is not None:
-                one.outcome.sums[2] += float(kl.detach().sum())
-            if self._groups.at.context == 0:
-                one.outcome.log_w[chosen] = log_w.cpu().numpy()
-            c_sums = advantage.new_zeros(len(chosen)).index_add_(0, segment, c.double())
-            one.outcome.coefficient[chosen] = c_sums.cpu().numpy()
-        return loss
+        losses = _Losses(
+            loss=loss.detach(),
+            log_w=log_w,
+            coefficient=advantage.new_zeros(len(sequences)).index_add_(0, segment, c.double()),
+            kl=None if kl is None else kl.detach().sum(),
+        )
+        return loss, losses
 
     def _sequence_sums(self, log_ratio: Tensor, segment: Tensor, num: int) -> Tensor:
         """[n] float64 log W of each sequence, complete: other context ranks hold other tokens of the same response.
@@ -259,6 +311,21 @@ class Runner:
         if self._cfg.layout.context > 1:
             dist.all_reduce(log_w, group=self._groups.context)
         return log_w
+
+    def _collect(self, outcome: Outcome, scores: _Scores) -> None:
+        """Fetch the numbers of one microbatch."""
+        mass = torch.zeros(0) if scores.top_k_mass is None else scores.top_k_mass
+        numbers = (x.cpu().numpy() for x in (scores.logp, scores.entropy, mass))
+        outcome.tokens.append((scores.inputs.token, *numbers))
+        outcome.sums[1] += float(scores.entropy.double().sum())
+        if scores.losses is None:
+            return
+        losses, chosen = scores.losses, list(scores.sequences)
+        outcome.sums[0] += float(losses.loss)
+        outcome.sums[2] += 0.0 if losses.kl is None else float(losses.kl)
+        outcome.coefficient[chosen] = losses.coefficient.cpu().numpy()
+        if self._groups.at.context == 0:  # complete on every context rank
+            outcome.log_w[chosen] = losses.log_w.cpu().numpy()
 
     def _sum_over_ranks(self, one: _Pass) -> None:
         """One all-reduce of the pass's sums, log W and coefficients: afterwards every rank and stage has them all."""
@@ -275,8 +342,8 @@ class Runner:
         """Ranks that found nothing must stop too, or they wait for ever in the next collective."""
         num, world_size = len(one.work.sequences), self._cfg.layout.world_size
         code = -1
-        if one.outcome.problem is not None:
-            depth, index = one.outcome.problem  # the deepest cause has the highest code, whatever the rank
+        if one.problem is not None:
+            depth, index = one.problem  # the deepest cause has the highest code, whatever the rank
             code = (depth * world_size + self._groups.rank) * num + index
         found = torch.tensor(code, dtype=torch.int64, device=self._groups.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
@@ -297,18 +364,6 @@ class Runner:
             f"sequence {uid}: its {what} is not finite, {when} on {where}; {unharmed}resume from a checkpoint, with a "
             "smaller learning rate where it happens again"
         )
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One pass: its work, what it collects, and how it goes."""
-
-    work: Work
-    outcome: Outcome
-    train: bool
-    records: bool
-    replayed: Outcome | None
-    reference: Outcome | None
 
 
 def _log_ratio(logp: Tensor, behavior_logp: np.ndarray) -> Tensor:

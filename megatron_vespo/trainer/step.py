@@ -21,7 +21,7 @@ from megatron_vespo.algo.loss import token_weights
 from megatron_vespo.config import AlgorithmConfig, TrainerConfig
 from megatron_vespo.trainer import cpu
 from megatron_vespo.trainer.checkpoint import Written
-from megatron_vespo.trainer.forward_backward import Outcome, Runner, Work
+from megatron_vespo.trainer.forward_backward import Mode, Outcome, Runner, Work
 from megatron_vespo.trainer.hf_config import read_model_shape
 from megatron_vespo.trainer.layout import (
     Place,
@@ -137,30 +137,34 @@ class TrainerRank:
         if self._cfg.router_replay == "engine":
             self._check_experts(sequences)
         phases = Phases(self.groups.device)
-        works = self._works(sequences)
-        before: list[Outcome] = []
+        works, replay = self._works(sequences), self._cfg.router_replay
+        before: list[Outcome | None] = [None] * len(works)
         if len(works) > 1:
+            mode = Mode(
+                train=False,
+                records_experts=capture_experts or replay == "trainer",
+                replays_engine=replay == "engine",
+            )
             with phases("forward"):
-                records = capture_experts or self._cfg.router_replay == "trainer"
-                before = [self._run(work, train=False, records=records) for work in works]
+                before = [self._runner.run(work, mode) for work in works]
         references: list[Outcome | None] = [None] * len(works)
         if self._reference is not None:
             self._optimizer.complete_weights()
             with phases("reference"), self._reference.in_place():
-                references = [self._run(work, train=False, records=False) for work in works]
+                references = [self._runner.run(work, Mode(train=False)) for work in works]
 
         outcomes, updates = [], []
         for i, work in enumerate(works):
+            mode = Mode(
+                train=True,
+                records_experts=capture_experts and len(works) == 1,
+                replays_engine=replay == "engine",
+                replayed=before[i] if replay == "trainer" else None,
+                reference=references[i],
+            )
             with phases("forward_backward"):
                 self._optimizer.zero_grad()
-                outcome = self._run(
-                    work,
-                    train=True,
-                    records=capture_experts and not before,
-                    replayed=before[i] if self._cfg.router_replay == "trainer" else None,
-                    reference=references[i],
-                    step_number=step_number,
-                )
+                outcome = self._runner.run(work, mode, step_number=step_number)
             with phases("optimizer"):
                 norm, rate = self._optimizer.update(step_number * self._updates_per_batch + i)
             self._between_updates = i + 1 < len(works)
@@ -168,7 +172,7 @@ class TrainerRank:
             updates.append(self._update(work, outcome, norm, rate))
         self._num_steps += 1
         return RankOutput(
-            **_shares(before or outcomes),
+            **_shares([first or only for first, only in zip(before, outcomes, strict=True)], capture_experts),
             log_w=np.sum([outcome.log_w for outcome in outcomes], 0),
             coefficient=np.sum([outcome.coefficient for outcome in outcomes], 0),
             updates=tuple(updates),
@@ -191,8 +195,10 @@ class TrainerRank:
         phases = Phases(self.groups.device)
         with phases("forward"):
             work = self._work(sequences, slice(0, len(sequences)))
-            outcome = self._run(work, train=False, records=capture_experts)
-        return RankOutput(**_shares([outcome]), time_s=phases.time_s, memory_bytes=phases.memory_bytes)
+            outcome = self._runner.run(work, Mode(train=False, records_experts=capture_experts))
+        return RankOutput(
+            **_shares([outcome], capture_experts), time_s=phases.time_s, memory_bytes=phases.memory_bytes
+        )
 
     @property
     def num_steps(self) -> int:
@@ -208,9 +214,6 @@ class TrainerRank:
                 "resume from a checkpoint"
             )
         return self._num_steps
-
-    def _run(self, work: Work, **options: Any) -> Outcome:
-        return self._runner.run(work, **options)
 
     def _works(self, sequences: Sequence[TrainSequence]) -> list[Work]:
         """One for each update: equal shares of the batch, whose groups stand one after another."""
@@ -358,7 +361,7 @@ def _check_behavior(s: TrainSequence) -> None:
         )
 
 
-def _shares(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _shares(outcomes: Sequence[Outcome], capture_experts: bool) -> dict[str, Any]:
     """What this rank knows of tokens and expert choices, from passes over different sequences."""
     columns = list(zip(*(row for outcome in outcomes for row in outcome.tokens), strict=True))
     token, logp, entropy, mass = (
@@ -369,5 +372,5 @@ def _shares(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "logp": logp.astype(np.float32),
         "entropy": entropy.astype(np.float32),
         "top_k_mass": mass.astype(np.float32),
-        "routing": tuple(rows for outcome in outcomes for rows in outcome.routing),
+        "routing": tuple(rows for outcome in outcomes if capture_experts for rows in outcome.routing),
     }

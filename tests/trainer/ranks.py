@@ -175,12 +175,14 @@ class _Worker:
         return {name: tensor.float().numpy() for name, tensor in self.trainer.export()}
 
     def gradients(self, sequences) -> dict[str, np.ndarray]:
+        from megatron_vespo.trainer.forward_backward import Mode
         from megatron_vespo.trainer.hf_weights import Export
 
         trainer = self.trainer
         trainer._optimizer.zero_grad()
         (work,) = trainer._works(sequences)
-        trainer._run(work, train=True, records=False)
+        engine = trainer._cfg.router_replay == "engine"
+        trainer._runner.run(work, Mode(train=True, replays_engine=engine))
         gradients = [
             _Tensors([(n, p.main_grad) for n, p in chunk.named_parameters()]) for chunk in trainer.chunks
         ]

@@ -132,7 +132,7 @@ def test_a_checkpoint_loads_into_another_layout(pool, request, tmp_path, kind, w
             weight, rounded(before["weight"][name]) if low else before["weight"][name]
         )
     resumed = grid.step(make_batch(4, seed=2), 2)
-    tolerance = 1e-5 if "dtype" not in {**written_by, **loaded_by} else 2e-2
+    tolerance = 1e-5 if "dtype" not in {**written_by, **loaded_by} else 5e-2  # of bfloat16 routes
     assert resumed.loss == pytest.approx(uninterrupted.loss, abs=tolerance)
     assert resumed.grad_norm == pytest.approx(uninterrupted.grad_norm, rel=tolerance)
 

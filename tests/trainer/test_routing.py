@@ -141,6 +141,14 @@ def test_replay_of_the_trainers_own_choices_holds_them_through_the_updates_on_a_
     )
 
 
+def test_several_updates_replay_the_engines_choices_from_the_start(
+    pool, tiny_moe, foreign_batch, replayed_on_one_rank
+):
+    grid = pool.grid(replaying("engine", "full"), tiny_moe, algorithm=VESPO, updates_per_batch=2)
+    for a, b in zip(grid.step(foreign_batch).scored, replayed_on_one_rank[1].scored, strict=True):
+        np.testing.assert_allclose(a.logp, b.logp, atol=1e-5)
+
+
 def without_experts(s):
     return replace(s, experts=None)
 

@@ -140,6 +140,19 @@ def test_supervised_steps_raise_the_likelihood_of_the_demonstrations(pool, tiny_
     assert losses[0] - losses[-1] > 0.5
 
 
+def test_every_rank_and_stage_knows_all_importance_weights(pool, tiny_moe, moderate_batch):
+    axes = {"pipeline": 2, "context": 2, "max_tokens": 64}
+    grid = pool.grid(trainer_config(**axes), tiny_moe, algorithm=VESPO)
+    outputs = grid.call("step", moderate_batch, 0, False)
+    assert len(outputs) == 4
+    for output in outputs:
+        np.testing.assert_array_equal(output.log_w, outputs[0].log_w)
+        np.testing.assert_array_equal(output.coefficient, outputs[0].coefficient)
+        assert output.updates == outputs[0].updates
+    assert (outputs[0].log_w != 0).all()
+    assert len(outputs[0].logp) == 0, "the first stage has no log-prob of its own"
+
+
 # ------------------------------------------------------------------------------------ several updates
 
 
@@ -392,6 +405,7 @@ def test_a_broken_sequence_is_named(pool, tiny_moe, change, message):
             "unknown field 'trainer.megatron.moe_router_topkk': did you mean 'moe_router_topk'",
         ),
         ({"moe_aux_loss_coeff": 0.1}, "trainer.megatron.moe_aux_loss_coeff: cannot be overridden"),
+        ({"moe_router_fusion": True}, "the fused router hides its choices"),
         ({"tensor_model_parallel_size": 2}, "cannot be overridden, set trainer.layout.tensor; take it out"),
         ({"params_dtype": "bfloat16"}, "trainer.megatron.params_dtype: cannot be overridden"),
         ({"kv_channels": 8}, "trainer.megatron.kv_channels: cannot be overridden"),
@@ -421,6 +435,14 @@ def test_a_megatron_field_reaches_the_model(pool, tiny_moe, moderate_batch):
     plain = pool.grid(trainer_config(), tiny_moe, algorithm=VESPO).step(moderate_batch).loss
     cfg = trainer_config().model_copy(update={"megatron": {"moe_router_topk_scaling_factor": 2.0}})
     assert abs(pool.grid(cfg, tiny_moe, algorithm=VESPO).step(moderate_batch).loss - plain) > 1e-3
+
+
+def test_deepep_by_name_is_refused_where_it_is_missing(pool, tiny_moe):
+    cfg = trainer_config().model_copy(update={"token_dispatcher": "flex"})
+    with pytest.raises(
+        ConfigError, match=r"trainer\.token_dispatcher = 'flex': the package deep_ep is not installed"
+    ):
+        pool.grid(cfg, tiny_moe)
 
 
 def test_transformer_engine_by_name_is_refused_on_cpu(pool, tiny_moe):

@@ -106,6 +106,17 @@ class Optimizer:
                 ddp.start_param_sync(force_sync=True)
             self._weights_are_whole = True
 
+    def close(self) -> None:
+        """Let go of the model, and with it of process groups and their threads.
+
+        Token dispatchers keep tensors of the last forward, whose graph ends in gradient hooks, which keep the DDP object,
+        which keeps the model: a cycle that Python's collector cannot see.
+        """
+        for ddp in self.ddp_chunks:
+            if self._cfg.overlap:
+                ddp.disable_forward_pre_hook(param_sync=False)
+            del ddp.module
+
 
 def learning_rate(cfg: OptimizerConfig, number: int) -> float:
     """Learning rate of an update: a linear warm-up from 0, then constant, or falling to `min_learning_rate`.

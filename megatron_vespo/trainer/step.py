@@ -324,7 +324,8 @@ class TrainerRank:
         )
 
     def close(self) -> None:
-        """Leave the other ranks."""
+        """Leave the other ranks; the process may join a new grid when this object is gone."""
+        self._optimizer.close()
         destroy_process_groups()
 
 

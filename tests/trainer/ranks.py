@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -161,9 +162,12 @@ class _Worker:
 
         from megatron_vespo.trainer.layout import destroy_process_groups
 
-        self.trainer = None
-        if torch.distributed.is_initialized():
+        if self.trainer is not None:
+            self.trainer.close()
+            self.trainer = None
+        elif torch.distributed.is_initialized():
             destroy_process_groups()
+        gc.collect()  # or the threads of the old process groups stay
 
     def step(self, sequences, step_number, capture_experts):
         return self.trainer.step(sequences, step_number, capture_experts=capture_experts)

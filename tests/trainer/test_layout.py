@@ -9,7 +9,14 @@ from conftest import trainer_config
 
 from megatron_vespo.config import ConfigError, LayoutConfig
 from megatron_vespo.trainer.hf_config import ModelShape, read_model_shape
-from megatron_vespo.trainer.layout import check_layout, coordinates, grid, layers_of_stage, rank_name
+from megatron_vespo.trainer.layout import (
+    check_layout,
+    coordinates,
+    grid,
+    layers_of_stage,
+    nearest_valid,
+    rank_name,
+)
 
 SHAPE = ModelShape(
     num_layers=4, hidden_size=64, num_heads=4, num_groups=2, head_dim=16, ffn_size=96, vocab_size=272,
@@ -70,18 +77,48 @@ def test_the_printed_grid_names_layers_and_experts_of_each_rank():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"tensor": 3}, r"trainer\.layout\.tensor = 3: must divide the 4 attention heads; set tensor to 2"),
-        ({"tensor": 4}, r"trainer\.layout\.tensor = 4: must divide the 2 key/value heads; set tensor to 2"),
-        ({"pipeline": 3}, r"trainer\.layout\.pipeline = 3: must divide the 4 layers; set pipeline to 2 or 4"),
-        ({"expert": 3, "data": 3}, r"trainer\.layout\.expert = 3: must divide the 8 experts"),
-        ({"expert": 4, "data": 2}, r"trainer\.layout\.expert = 4: must divide the 2 ranks of a pipeline stage; set expert to 2"),
-        ({"expert": 2, "tensor": 2, "expert_tensor": 2}, r"trainer\.layout\.expert_tensor = 2: expert \* expert_tensor .* set expert_tensor to 1"),
+        ({"tensor": 3}, r"trainer\.layout\.tensor = 3: must divide the 4 attention heads; nearest valid: data = 3 or"),
+        ({"tensor": 4}, r"trainer\.layout\.tensor = 4: must divide the 2 key/value heads; nearest valid: tensor = 2, data = 2 or"),
+        ({"pipeline": 3}, r"pipeline \* virtual_pipeline = 3: must divide the 4 layers; nearest valid: data = 3 or"),
+        ({"expert": 3, "data": 3}, r"trainer\.layout\.expert = 3: must divide the 8 experts; nearest valid: data = 3"),
+        ({"expert": 4, "data": 2}, r"expert = 4, expert_tensor = 1: their product must divide tensor \* context \* data = 2, .* nearest valid: data = 2, expert = 2"),
+        ({"expert": 2, "tensor": 2, "expert_tensor": 2}, r"expert = 2, expert_tensor = 2: their product must divide .* nearest valid: tensor = 2, expert = 2"),
+        ({"virtual_pipeline": 2}, r"trainer\.layout\.virtual_pipeline = 2: interleaves pipeline stages, and pipeline = 1; nearest valid: one rank"),
+        ({"pipeline": 2, "virtual_pipeline": 4}, r"pipeline \* virtual_pipeline = 8: must divide the 4 layers; nearest valid: pipeline = 2, virtual_pipeline = 2"),
+        ({"pipeline": 2, "first_stage_layers": 3, "last_stage_layers": 2}, r"the stages must hold 4 layers together, .* and would hold \[3, 2\]"),
+        ({"first_stage_layers": 1}, r"first_stage_layers, last_stage_layers: need several stages"),
+        ({"tensor": 7}, r"tensor = 7: must divide the 4 attention heads; nearest valid: data = 7"),
     ],
     ids=lambda x: str(x)[:40],
 )  # fmt: skip
 def test_a_grid_that_does_not_divide_the_model_is_refused_with_what_would(axes, message):
     with pytest.raises(ConfigError, match=message):
         check_layout(LayoutConfig(**axes), SHAPE)
+
+
+def test_every_grid_that_is_named_is_valid_and_has_as_many_ranks():
+    asked = LayoutConfig(tensor=4, pipeline=3, data=4, expert=16)
+    found = nearest_valid(asked, SHAPE)
+    assert len(found) == 3
+    for other in found:
+        assert other.world_size == asked.world_size
+        check_layout(other, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("axes", "stages"),
+    [
+        ({"pipeline": 2, "virtual_pipeline": 2}, [[0, 2], [1, 3]]),
+        ({"pipeline": 2, "first_stage_layers": 1}, [[0], [1, 2, 3]]),
+        ({"pipeline": 3, "last_stage_layers": 2}, [[0], [1], [2, 3]]),
+        ({"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 3}, [[0], [1, 2, 3]]),
+    ],
+    ids=str,
+)
+def test_chunks_are_dealt_out_in_turn_and_stages_may_be_uneven(axes, stages):
+    layout = LayoutConfig(**axes)
+    check_layout(layout, SHAPE)
+    assert [layers_of_stage(layout, SHAPE, stage) for stage in range(layout.pipeline)] == stages
 
 
 def test_experts_of_a_dense_model_are_refused():

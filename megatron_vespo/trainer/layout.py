@@ -150,7 +150,7 @@ def nearest_valid(layout: LayoutConfig, shape: ModelShape, num: int = 3) -> list
     found = []
     for grid_axes in _grids(layout.world_size):
         for expert in _divisors(max(shape.num_experts, 1)):
-            for chunks in {1, *_near(layout.virtual_pipeline, shape.num_layers)}:
+            for chunks in _divisors(shape.num_layers) if layout.virtual_pipeline > 1 else [1]:
                 axes = dict(zip(keys, (*grid_axes, expert, chunks), strict=True))
                 other = LayoutConfig(**axes)
                 if _problem(other, shape) is None:
@@ -225,12 +225,6 @@ def _grids(ranks: int) -> Iterator[tuple[int, int, int, int]]:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _near(value: int, total: int) -> list[int]:
-    """The divisors of `total` just below, at and above `value`."""
-    valid = _divisors(total)
-    return [n for n in valid if n <= value][-1:] + [n for n in valid if n > value][:1]
 
 
 def _axes(layout: LayoutConfig) -> str:

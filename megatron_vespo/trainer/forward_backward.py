@@ -168,19 +168,21 @@ class Runner:
         one = _Pass(work, mode, outcome)
         iterators: list[Any] = [iter(enumerate(work.microbatches)) for _ in self._ddp_chunks]
         self._scale_aux_loss(work)
-        with nullcontext() if mode.train else torch.no_grad():
-            get_forward_backward_func()(
-                forward_step_func=functools.partial(self._forward, one),
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=self._ddp_chunks,
-                num_microbatches=len(work.microbatches),
-                seq_length=work.microbatches[0].length,
-                micro_batch_size=1,
-                forward_only=not mode.train,
-            )
-        if self._routing:
-            self._routing.clear()
-            outcome.routing = [self._router_rows(one, *place) for place in outcome.choices]
+        try:
+            with nullcontext() if mode.train else torch.no_grad():
+                get_forward_backward_func()(
+                    forward_step_func=functools.partial(self._forward, one),
+                    data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                    model=self._ddp_chunks,
+                    num_microbatches=len(work.microbatches),
+                    seq_length=work.microbatches[0].length,
+                    micro_batch_size=1,
+                    forward_only=not mode.train,
+                )
+        finally:
+            if self._routing:
+                self._routing.clear()
+        outcome.routing = [self._router_rows(one, *place) for place in outcome.choices]
         for index, scores in one.scores.items():
             one.note_unusable(scores)
             outcome.logp[index] = scores.logp

@@ -109,6 +109,11 @@ class OptimizerConfig(_Section):
             raise ValueError(
                 f"min_learning_rate = {self.min_learning_rate}: must not exceed learning_rate = {self.learning_rate}; lower it"
             )
+        if self.min_learning_rate and self.schedule == "constant":
+            raise ValueError(
+                f"min_learning_rate = {self.min_learning_rate}: is never reached with schedule = 'constant'; set a schedule that "
+                "decays, or take it out"
+            )
         if self.overlap and not self.distributed:
             raise ValueError(
                 "overlap = true: needs distributed = true, whose buckets it overlaps; set it, or take overlap out"
@@ -174,6 +179,9 @@ class TrainerConfig(_Section):
     def _cpu_can_do_it(self) -> TrainerConfig:
         if self.device != "cpu":
             return self
+        for name in ("implementation", "token_dispatcher"):
+            if (value := getattr(self, name)) in ("transformer_engine", "flex"):
+                raise ValueError(f"{name} = '{value}': needs device = 'cuda'; leave it out")
         divided = self.layout.expert > 1 and self.layout.resolved_expert_tensor > 1
         if divided and self.token_dispatcher == "alltoall":
             raise ValueError(
@@ -256,12 +264,20 @@ class AlgorithmConfig(_Section):
     """"reinforce" is coefficient 1: no correction for off-policy data."""
     advantage_scale: Literal["std", "none"] = "std"
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """The global denominator: response tokens, or sequences, of the whole step."""
+    """The global denominator: response tokens, or sequences, of the whole update."""
     vespo: VespoConfig = VespoConfig()
     kl_coeff: NotNegative = 0.0
     """Weight of the penalty KL(pi || reference) on the response tokens; 0: no reference is loaded."""
     reference: Path | None = None
     """Hugging Face directory of the reference; default: the model that the run starts from."""
+
+    @model_validator(mode="after")
+    def _reference_is_used(self) -> AlgorithmConfig:
+        if self.reference and not self.kl_coeff:
+            raise ValueError(
+                f"reference = '{self.reference}': is not used with kl_coeff = 0; set that above 0, or take reference out"
+            )
+        return self
 
 
 class LoopConfig(_Section):

@@ -142,8 +142,10 @@ class Update:
     """Response tokens."""
     num_microbatches: int
     """On each data rank."""
-    padding: float
-    """Share of the processed tokens that only fill the packs."""
+    num_inputs: int
+    """Tokens of sequences that were processed, over all data ranks."""
+    num_packed: int
+    """The same with the padding that fills the packs."""
 
 
 @dataclass(frozen=True, kw_only=True)

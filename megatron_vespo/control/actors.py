@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _LOG_TAIL_LINES = 15
 _SETTLE_S = 10.0
 _CAUSE_S = 3.0
-_POLL_S = 0.05
+_POLL_S, _LONGEST_POLL_S = 0.05, 1.0
 _OBJECT_STORE_BYTES = 1024**3
 
 
@@ -205,11 +205,11 @@ class TrainerGroup:
         await self._gather("connect", [self._actors[0].connect.remote(url, self._spec.model, cfg)])
 
     async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
-        await self._commit_if_written()  # now the ranks have time to answer
         batch = ray.put(list(sequences))
         calls = [actor.step.remote(batch, self._version, self._records_experts) for actor in self._actors]
         outputs = await self._gather("step", calls, deadline_s=math.inf)  # the loop's clock bounds it
         self._version += 1
+        await self._commit_if_written()  # the ranks have time to answer, and the files had time to be written
         return merge_step(outputs, sequences)
 
     async def publish(self, version: int) -> SyncReport:
@@ -239,7 +239,8 @@ class TrainerGroup:
         `saved_version` says so, and older ones that cfg does not keep are deleted.
 
         Raises:
-            RunError: a rank cannot write, here or in the next `step`, `save` or `saved`; older checkpoints stay.
+            RunError: a rank cannot write, here or in the next `step`, `save` or `saved`; older checkpoints stay.  What a
+                rank has not written when it dies is no checkpoint.
         """
         await self.saved()
         directory = checkpoint.directory_of(self._checkpoints, version)
@@ -257,8 +258,10 @@ class TrainerGroup:
         """Wait until the checkpoint that is being written is on disk."""
 
         async def until_committed() -> None:
+            pause_s = _POLL_S
             while not await self._commit_if_written():
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_POLL_S)
 
         await bounded(
             until_committed(),
@@ -294,10 +297,8 @@ class TrainerGroup:
             await asyncio.to_thread(checkpoint.discard, saving.directory)
 
     async def load(self, version: int) -> None:
-        """Continue from the checkpoint of `version`; later ones, which the run will write anew, are set aside."""
+        """Continue from the checkpoint of `version`."""
         await self._all("load", checkpoint.directory_of(self._checkpoints, version))
-        for place in await asyncio.to_thread(checkpoint.set_aside, self._checkpoints, version):
-            logger.warning("the run goes back to step %d: a later checkpoint is now %s", version, place)
         self._version = self.saved_version = version
 
     async def save_hf(self, directory: Path) -> None:

@@ -67,7 +67,8 @@ def optimizer_metrics(output: StepOutput) -> Metrics:
         "optim/learning_rate": output.learning_rate,
         "optim/num_updates": len(updates),
         "packing/microbatches": sum(update.num_microbatches for update in updates),
-        "packing/padding_fraction": float(np.mean([update.padding for update in updates])),
+        "packing/padding_fraction": 1
+        - sum(u.num_inputs for u in updates) / sum(u.num_packed for u in updates),
         **{f"memory/train_{part}_bytes": num_bytes for part, num_bytes in output.memory_bytes.items()},
     }
     if output.model_flops:
@@ -78,9 +79,9 @@ def optimizer_metrics(output: StepOutput) -> Metrics:
         metrics["optim/loss_updates"] = [update.loss for update in updates]
         metrics["optim/grad_norm_updates"] = [update.grad_norm for update in updates]
         metrics["algo/entropy_updates_nats"] = [update.entropy for update in updates]
-    kl = [update.kl for update in updates if update.kl is not None]
+    kl = [update.kl * update.num_tokens for update in updates if update.kl is not None]
     if kl:
-        metrics["algo/reference_kl_nats"] = float(np.mean(kl))
+        metrics["algo/reference_kl_nats"] = sum(kl) / sum(update.num_tokens for update in updates)
     return metrics
 
 

@@ -72,7 +72,7 @@ class Observer:
         self.flush()
 
     def saved(self, seconds: float) -> None:
-        """A checkpoint of the current version is on disk; its time is written down with the next step."""
+        """A checkpoint of the current version is on disk, or on its way; the time is written down with the next step."""
         how = "copied, and is being written" if self._writes_in_background else "saved"
         self._view.event(f"version {self.progress.version}: checkpoint {how} ({seconds:.1f} s)")
         self._pending["time/save_s"] = seconds

@@ -119,6 +119,9 @@ def _checked_shape(model: Path, cfg: TrainerConfig, longest: int, field: str) ->
         raise ConfigError(
             f"trainer.router_replay = '{cfg.router_replay}': the model is dense and has no routers; set it to 'off'"
         )
+    for name, value in (("freeze_router", cfg.freeze_router), ("moe_aux_loss_coeff", cfg.moe_aux_loss_coeff)):
+        if value and not shape.num_experts:
+            raise ConfigError(f"trainer.{name} = {value}: the model is dense and has no routers; take it out")
     if cfg.moe_aux_loss_coeff:
         logger.warning(
             "trainer.moe_aux_loss_coeff = %g: a load-balancing loss is on, whose gradient is not the policy's; RL of MoE models "

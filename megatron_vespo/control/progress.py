@@ -26,7 +26,7 @@ class Progress:
     stream: str
     """Names what is consumed and in which order (`name_of_stream`); a resume must consume the same."""
     version: int = 0
-    """Optimizer steps done."""
+    """Batches trained on."""
     consumed: int = 0
     """Items of the stream (prompts, demonstrations) trained on; what was in flight is sampled again."""
 

@@ -25,6 +25,7 @@ from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rollout.client import SGLangEngine
 from megatron_vespo.rollout.server import Server
 from megatron_vespo.rundir import RunDirectory
+from megatron_vespo.trainer.checkpoint import set_aside
 from megatron_vespo.types import Interrupted, RunError, TrainSequence
 
 logger = logging.getLogger(__name__)
@@ -198,6 +199,10 @@ def _desk(
         with run:
             if run.resumed:
                 run.rewind(start.version if start.version else -1)
+                for place in set_aside(run.checkpoints, start.version):
+                    logger.warning(
+                        "the run goes back to step %d: a later checkpoint is now %s", start.version, place
+                    )
             logs = session.logging_to(run.logs / "driver.log", view.event)
             with RunLog(run, cfg.wandb_project) as log, view, logs:
                 yield Desk(run, log, view)

@@ -60,11 +60,6 @@ def found(root: Path) -> list[Found]:
     return [Found(step, path, _damage(path, step)) for step, path in sorted(steps, reverse=True)]
 
 
-def latest(root: Path) -> Path | None:
-    """The newest checkpoint under `root` that is not damaged."""
-    return next((one.directory for one in found(root) if one.damage is None), None)
-
-
 def read_state(directory: Path) -> tuple[int, dict[str, Any]]:
     """(step, the caller's state) of a checkpoint.
 

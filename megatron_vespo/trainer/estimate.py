@@ -203,15 +203,19 @@ def trained_parameters(shape: ModelShape, cfg: TrainerConfig, stage: int) -> Par
 
 
 def optimizer_bytes(trained: Parameters, cfg: TrainerConfig) -> float:
-    """Adam's two moments, and main weights where the model's own are not float32; GPU and host together."""
+    """Adam's two moments, and main weights where the model's own are not float32."""
+    return (8 if cfg.dtype == "float32" else 12) * trained_state(trained, cfg)
+
+
+def trained_state(trained: Parameters, cfg: TrainerConfig) -> float:
+    """Parameters whose optimizer state a rank holds."""
     layout = cfg.layout
     share, expert_share = 1.0, 1.0
     if cfg.optimizer.distributed:
         stage_ranks = layout.data * layout.context * layout.tensor
         share = 1 / (layout.data * layout.context)
         expert_share = layout.expert * layout.resolved_expert_tensor / stage_ranks
-    per_parameter = 8 if cfg.dtype == "float32" else 12
-    return per_parameter * (share * trained.dense + expert_share * trained.expert)
+    return share * trained.dense + expert_share * trained.expert
 
 
 def _query_size(shape: ModelShape) -> int:
@@ -408,10 +412,10 @@ def _rank_memory(
     held = stage_parameters(shape, cfg.layout, stage)
     trained = trained_parameters(shape, cfg, stage)
     weights, state = itemsize(cfg) * held.total, optimizer_bytes(trained, cfg)
-    on_gpu = state * (1 - cfg.optimizer.cpu_offload)
+    # Moments leave the GPU; the distributed optimizer's main weights stay there, and the host has a copy of its own.
+    on_gpu = state * (1 - cfg.optimizer.cpu_offload * 8 / 12)
     is_last = stage == cfg.layout.pipeline - 1
     tokens = largest_microbatch(cfg, work)
-    snapshot = weights + state if cfg.async_save else 0.0
     return RankMemory(
         stage=stage,
         num_layers=len(layers_of_stage(cfg.layout, shape, stage)),
@@ -425,8 +429,16 @@ def _rank_memory(
         update=_update_bytes(on_gpu, cfg),
         transfer=_transfer_bytes(shape, cfg, work, stage),
         context=_context_bytes(cfg),
-        host=state - on_gpu + snapshot + (weights if work.has_reference else 0.0),
+        # Offloaded state; the snapshot of a checkpoint, whose pinned memory torch rounds up to a power of two; the
+        # reference, and the policy while it is away.
+        host=state * cfg.optimizer.cpu_offload
+        + _power_of_two(4 * trained_state(trained, cfg) * 3)
+        + (2 * weights if work.has_reference else 0.0),
     )
+
+
+def _power_of_two(num_bytes: float) -> float:
+    return 2.0 ** math.ceil(math.log2(max(num_bytes, 1)))
 
 
 def _workspace(shape: ModelShape, cfg: TrainerConfig, num_tokens: float, imbalance: float) -> float:

@@ -50,8 +50,10 @@ class Mode:
 
     train: bool
     """Forward, loss and backward; else forward alone."""
-    records_experts: bool = False
-    """Whether the routers' own choices are wanted."""
+    reports_experts: bool = False
+    """Whether the routers' own choices are part of the rank's output."""
+    keeps_experts: bool = False
+    """Whether they stay on the device, for another pass to repeat."""
     replays_engine: bool = False
     """Whether the engine's expert choices are used (R3)."""
     replayed: Outcome | None = None
@@ -182,7 +184,10 @@ class Runner:
         finally:
             if self._routing:
                 self._routing.clear()
-        outcome.routing = [self._router_rows(one, *place) for place in outcome.choices]
+        if mode.reports_experts:
+            outcome.routing = [self._router_rows(one, *place) for place in outcome.choices]
+        if not mode.keeps_experts:
+            outcome.choices.clear()
         for index, scores in one.scores.items():
             one.note_unusable(scores)
             outcome.logp[index] = scores.logp
@@ -212,12 +217,12 @@ class Runner:
         (index, microbatch), chunk = next(microbatches), self._number_of_chunk[id(ddp)]
         layout, device = self._cfg.layout, self._groups.device
         inputs = cut(one.work.sequences, microbatch, layout, context_rank=self._groups.at.context)
-        records = one.mode.records_experts and self._routing is not None
+        records = one.mode.reports_experts or one.mode.keeps_experts
         if self._routing:
             choices = self._choices(one, index, microbatch, chunk)
             self._routing.begin(chunk, choices, records=records, train=one.mode.train)
         tokens, positions = (torch.from_numpy(x).to(device) for x in (inputs.tokens, inputs.positions))
-        description = packed(inputs.cu_seqlens.tolist(), layout.context, device)
+        description = packed(inputs.cu_seqlens.tolist(), inputs.max_seqlen, layout.context, device)
         hidden = ddp(tokens, positions, None, packed_seq_params=description)
         if self._routing and records:
             one.outcome.choices[chunk, index] = self._routing.own_choices(chunk)

@@ -285,6 +285,8 @@ def load_hf(chunks: Sequence[Chunk], source: Path, shape: ModelShape, groups: Gr
             _load(cut, parameter, reader, shape, groups)
     except ConfigError as err:
         problem = str(err)
+    except Exception as err:  # noqa: BLE001  # or the other ranks would wait for this one
+        problem = f"model = '{source}': {err!r} while it was read; download it again"
     _stop_together(problem, ConfigError)
 
 

@@ -55,7 +55,7 @@ OWNED = {
     "pipeline_model_parallel_layout": "set trainer.layout.first_stage_layers and last_stage_layers",
     "microbatch_group_size_per_vp_stage": "packing.py plans microbatches for groups of one per pipeline stage",
     "mtp_num_layers": "multi-token prediction is not supported",
-    "finalize_model_grads_func": "step.py sets it",
+    "finalize_model_grads_func": "the trainer sums gradients its own way",
     "no_sync_func": "set trainer.optimizer.overlap",
     "variable_seq_lengths": "packing.py gives all microbatches of a pipeline one length",
     "recompute_granularity": "set trainer.recompute",
@@ -64,6 +64,17 @@ OWNED = {
     "recompute_modules": "set trainer.recompute",
     "moe_router_pre_softmax": "the model's config.json says it",
 }
+OWNED |= dict.fromkeys(
+    (
+        "layernorm_zero_centered_gamma", "moe_expert_capacity_factor", "moe_input_jitter_eps", "moe_router_enable_expert_bias",
+        "moe_router_force_load_balancing", "moe_router_group_topk", "moe_router_num_groups", "moe_router_topk_scaling_factor",
+        "moe_shared_expert_intermediate_size", "rotary_interleaved", "window_size",
+    ),
+    "it would make the trainer another function than the engine",
+) | dict.fromkeys(
+    ("cuda_graph_impl", "cuda_graph_scope", "enable_cuda_graph", "external_cuda_graph"),
+    "a captured graph would bypass record and replay of expert choices",
+)  # fmt: skip
 """TransformerConfig fields that trainer.megatron may not override, and why, beside the tables below."""
 
 SHAPE_FIELDS = {
@@ -171,11 +182,14 @@ def build_model(cfg: TrainerConfig, shape: ModelShape, *, stage: int) -> list[GP
 
     The forward of a chunk gives hidden states [t, 1, h]; under sequence parallelism t is this rank's slice.
     """
-    return [_build_chunk(cfg, shape, stage, chunk) for chunk in range(cfg.layout.virtual_pipeline)]
+    config = transformer_config(cfg, shape)  # one object: what is set on it later holds for every chunk
+    return [_build_chunk(cfg, config, shape, stage, chunk) for chunk in range(cfg.layout.virtual_pipeline)]
 
 
-def _build_chunk(cfg: TrainerConfig, shape: ModelShape, stage: int, chunk: int) -> GPTModel:
-    config, layout = transformer_config(cfg, shape), cfg.layout
+def _build_chunk(
+    cfg: TrainerConfig, config: TransformerConfig, shape: ModelShape, stage: int, chunk: int
+) -> GPTModel:
+    layout = cfg.layout
     vp_stage = chunk if layout.virtual_pipeline > 1 else None
     spec: Any  # GPTModel takes block specs as well as the layer specs that it is annotated with
     if use_transformer_engine(cfg):
@@ -239,7 +253,7 @@ def _numeric_fields(cfg: TrainerConfig) -> dict[str, Any]:
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "fp16": False,
-        "calculate_per_token_loss": True,  # no division by microbatches or data ranks: see step.py
+        "calculate_per_token_loss": True,  # no division by microbatches or data ranks: see optimizer.py
         "use_cpu_initialization": cfg.device == "cpu",
     }
 
@@ -270,7 +284,7 @@ def _moe_fields(cfg: TrainerConfig) -> dict[str, Any]:
     return {
         "moe_token_dispatcher_type": token_dispatcher(cfg),
         "moe_router_load_balancing_type": "aux_loss" if balanced else "none",
-        "moe_aux_loss_coeff": cfg.moe_aux_loss_coeff,  # step.py scales it for each update
+        "moe_aux_loss_coeff": cfg.moe_aux_loss_coeff,  # forward_backward.py scales it for each update
     }
 
 
@@ -352,8 +366,10 @@ class Packed(PackedSeqParams):
     without context parallelism."""
 
 
-def packed(boundaries: Sequence[int], context: int, device: torch.device) -> Packed:
+def packed(boundaries: Sequence[int], max_seqlen: int, context: int, device: torch.device) -> Packed:
     """The description of a microbatch whose segments end at `boundaries` [n + 1], padding included.
+
+    `max_seqlen` is the longest segment's exactly: Megatron takes positions on across segments where it is all of them.
 
     Padding belongs to the segment before it, whose tokens cannot see it.
     """
@@ -362,7 +378,7 @@ def packed(boundaries: Sequence[int], context: int, device: torch.device) -> Pac
     return Packed(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths),
+        max_seqlen_q=max_seqlen, max_seqlen_kv=max_seqlen,
         lengths=lengths,
         natural=_natural_order(boundaries, context, device) if context > 1 else None,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -76,6 +76,15 @@ class _Holding:
         return {key(WEIGHT): self.held.weight} | {
             key(name): size if value is None else value for name, value in moments.items()
         }
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint says besides tensors."""
+
+    step: int
+    state: dict[str, Any]
+    """The caller's."""
+    num_updates: int
 
 
 class RankCheckpoint:
@@ -169,11 +178,12 @@ class RankCheckpoint:
 
     # ---------------------------------------------------------------------------------------------- load
 
-    def load(self, directory: Path) -> tuple[int, dict[str, Any]]:
-        """Collective: continue from a checkpoint of any layout; gives its step and the caller's state.
+    def load(self, directory: Path) -> Loaded:
+        """Collective: continue from a checkpoint of any layout.
 
         Raises:
-            RunError: it is damaged or incomplete, or of another model; on all ranks, and nothing has changed.
+            RunError: it is damaged or incomplete, or of another model; on all ranks, and nothing has changed.  (A file
+                that cannot be read any more after it was verified leaves weights of no step.)
         """
         rank, num_ranks = self._groups.rank, self._groups.layout.world_size
         with _together():
@@ -192,7 +202,11 @@ class RankCheckpoint:
             if {name: manifest[name] for name in ("layout", "device")} == self._place():
                 _load_generators(directory / rank_file(rank))
         master_to_model(self._optimizer)
-        return manifest["step"], manifest["state"]
+        return Loaded(manifest["step"], manifest["state"], int(manifest["adam_steps"] or 0))
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._thread.shutdown(wait=True)
 
     @torch.no_grad()
     def _restore(self, holding: _Holding, files: PieceFiles, adam_steps: int) -> None:
@@ -287,6 +301,8 @@ def _together() -> Iterator[None]:
         yield
     except (RunError, OSError, SafetensorError) as err:
         problem = str(err)
+    except Exception as err:  # noqa: BLE001  # or the other ranks would wait for this one
+        problem = f"checkpoint: {err!r}; resume from another one"
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     if first := next((p for p in problems if p), None):

@@ -15,7 +15,7 @@ from megatron_vespo.trainer.layout import Groups
 
 
 class Reference:
-    """This rank's part of the reference, loaded once; it costs host memory alone and two copies a batch."""
+    """This rank's part of the reference, loaded once; it costs host memory alone and three copies a batch."""
 
     def __init__(
         self, chunks: Sequence[torch.nn.Module], source: Path, shape: ModelShape, groups: Groups

@@ -70,7 +70,7 @@ class TrainerRank:
         self.shape = read_model_shape(model)
         check_layout(cfg.layout, self.shape)
         self._cfg, self._source, self._algorithm = cfg, model, algorithm
-        self._num_steps, self._updates_per_batch = 0, updates_per_batch
+        self._num_steps, self._num_updates, self._updates_per_batch = 0, 0, updates_per_batch
         self._between_updates = False
         self._crossover = crossover_tokens(self.shape)
         # Pipeline stages receive activations of one shape, and ranks that gather each other's tokens equal parts.
@@ -124,15 +124,16 @@ class TrainerRank:
 
         Args:
             sequences: the batch of all ranks, the same on each.
-            step_number: batches before this one; sets the learning rate, and stands in errors.
+            step_number: batches before this one; stands in errors.
 
         Returns:
             This rank's share; `outputs.merge_step` puts all shares together.
 
         Raises:
             RunError: the batch is unusable, or a log-prob, a log W, the loss or the gradient is not finite; on every
-                rank, and the update in which it happened has changed no weight.
+                rank, and the update in which it happened has changed no weight.  Or an earlier update was torn.
         """
+        _ = self.num_steps
         check_batch(sequences, self.shape.vocab_size)
         if self._cfg.router_replay == "engine":
             self._check_experts(sequences)
@@ -142,7 +143,8 @@ class TrainerRank:
         if len(works) > 1:
             mode = Mode(
                 train=False,
-                records_experts=capture_experts or replay == "trainer",
+                reports_experts=capture_experts,
+                keeps_experts=replay == "trainer",
                 replays_engine=replay == "engine",
             )
             with phases("forward"):
@@ -157,7 +159,7 @@ class TrainerRank:
         for i, work in enumerate(works):
             mode = Mode(
                 train=True,
-                records_experts=capture_experts and len(works) == 1,
+                reports_experts=capture_experts and len(works) == 1,
                 replays_engine=replay == "engine",
                 replayed=before[i] if replay == "trainer" else None,
                 reference=references[i],
@@ -166,13 +168,14 @@ class TrainerRank:
                 self._optimizer.zero_grad()
                 outcome = self._runner.run(work, mode, step_number=step_number)
             with phases("optimizer"):
-                norm, rate = self._optimizer.update(step_number * self._updates_per_batch + i)
+                norm, rate = self._optimizer.update(self._num_updates)
+            self._num_updates += 1
             self._between_updates = i + 1 < len(works)
             outcomes.append(outcome)
             updates.append(self._update(work, outcome, norm, rate))
         self._num_steps += 1
         return RankOutput(
-            **_shares([first or only for first, only in zip(before, outcomes, strict=True)], capture_experts),
+            **_shares([first or only for first, only in zip(before, outcomes, strict=True)]),
             log_w=np.sum([outcome.log_w for outcome in outcomes], 0),
             coefficient=np.sum([outcome.coefficient for outcome in outcomes], 0),
             updates=tuple(updates),
@@ -195,10 +198,8 @@ class TrainerRank:
         phases = Phases(self.groups.device)
         with phases("forward"):
             work = self._work(sequences, slice(0, len(sequences)))
-            outcome = self._runner.run(work, Mode(train=False, records_experts=capture_experts))
-        return RankOutput(
-            **_shares([outcome], capture_experts), time_s=phases.time_s, memory_bytes=phases.memory_bytes
-        )
+            outcome = self._runner.run(work, Mode(train=False, reports_experts=capture_experts))
+        return RankOutput(**_shares([outcome]), time_s=phases.time_s, memory_bytes=phases.memory_bytes)
 
     @property
     def num_steps(self) -> int:
@@ -262,7 +263,8 @@ class TrainerRank:
             kl=kl / num_tokens if self._reference is not None else None,
             num_tokens=num_tokens,
             num_microbatches=len(work.microbatches),
-            padding=1 - num_inputs / work.num_packed,
+            num_inputs=num_inputs,
+            num_packed=work.num_packed,
         )
 
     def _flops(self, sequences: Sequence[TrainSequence]) -> float:
@@ -310,9 +312,11 @@ class TrainerRank:
 
     def load(self, directory: Path) -> tuple[int, dict[str, Any]]:
         """Collective: continue from a checkpoint of any layout; gives its step number and the caller's state."""
-        step_number, state = self._checkpoint.load(directory)
-        self._num_steps = step_number
-        return step_number, state
+        loaded = self._checkpoint.load(directory)
+        # Updates, not steps, set the learning rate: their number on a batch may change where a run resumes.
+        self._num_steps, self._num_updates = loaded.step, loaded.num_updates
+        self._between_updates = self._optimizer.torn = False
+        return loaded.step, loaded.state
 
     @functools.cached_property
     def _checkpoint(self) -> RankCheckpoint:
@@ -325,6 +329,8 @@ class TrainerRank:
 
     def close(self) -> None:
         """Leave the other ranks; the process may join a new grid when this object is gone."""
+        if "_checkpoint" in self.__dict__:
+            self._checkpoint.close()
         self._optimizer.close()
         destroy_process_groups()
 
@@ -362,7 +368,7 @@ def _check_behavior(s: TrainSequence) -> None:
         )
 
 
-def _shares(outcomes: Sequence[Outcome], capture_experts: bool) -> dict[str, Any]:
+def _shares(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What this rank knows of tokens and expert choices, from passes over different sequences."""
     columns = list(zip(*(row for outcome in outcomes for row in outcome.tokens), strict=True))
     token, logp, entropy, mass = (
@@ -373,5 +379,5 @@ def _shares(outcomes: Sequence[Outcome], capture_experts: bool) -> dict[str, Any
         "logp": logp.astype(np.float32),
         "entropy": entropy.astype(np.float32),
         "top_k_mass": mass.astype(np.float32),
-        "routing": tuple(rows for outcome in outcomes if capture_experts for rows in outcome.routing),
+        "routing": tuple(rows for outcome in outcomes for rows in outcome.routing),
     }

@@ -201,8 +201,8 @@ def model_flops(shape: ModelShape, work: Workload) -> float:
 
 
 def known_peak_flops(device_name: str) -> float | None:
-    """bfloat16 operations per second of the GPU that calls itself so, or None where it is not in GPUS."""
-    for gpu in GPUS.values():
+    """bfloat16 operations per second of the GPU that calls itself so; None where it is not in GPUS, PCIe and NVL too."""
+    for gpu in GPUS.values() if not {"PCIE", "NVL"} & set(device_name.upper().split()) else ():
         if gpu.name.partition("-")[0].upper() in device_name.upper():
             return gpu.flops_s
     return None

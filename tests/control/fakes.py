@@ -107,7 +107,8 @@ def update() -> Update:
         kl=None,
         num_tokens=2,
         num_microbatches=1,
-        padding=0.0,
+        num_inputs=10,
+        num_packed=10,
     )
 
 

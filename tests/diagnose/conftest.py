@@ -144,7 +144,8 @@ def invent_batch(rng: np.random.Generator, step: int, groups: int, success: floa
                 kl=None,
                 num_tokens=100,
                 num_microbatches=2,
-                padding=0.01,
+                num_inputs=99,
+                num_packed=100,
             ),
         ),
     )

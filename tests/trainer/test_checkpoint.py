@@ -27,6 +27,11 @@ def config(*, dtype="float32", freeze_router=False, **axes):
 # ------------------------------------------------------------------------------------ same layout
 
 
+def newest(root):
+    """The newest checkpoint that is not damaged."""
+    return next((one.directory for one in checkpoint.found(root) if one.damage is None), None)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -274,7 +279,7 @@ def test_what_is_saved_is_what_was_there_when_the_save_began(pool, tiny_moe, tmp
     grid.call("begin_save", tmp_path / "step_000001")
     for i in (1, 2, 3):
         grid.step(make_batch(4, seed=i), i)
-    assert checkpoint.latest(tmp_path) is None  # a crash now would leave nothing that looks like a checkpoint
+    assert newest(tmp_path) is None  # a crash now would leave nothing that looks like a checkpoint
     grid.commit(tmp_path / "step_000001", 1, {})
     grid.save(tmp_path / "step_000004", 4, {})  # into the same memory
     after = {kind: grid.masters(kind) for kind in KINDS}
@@ -298,7 +303,7 @@ def test_a_rank_that_cannot_write_says_so_and_leaves_no_checkpoint(pool, tiny_mo
     checkpoint.discard(tmp_path / "step_000002")
     assert [d.name for d in tmp_path.iterdir()] == ["step_000001"]
     grid.save(tmp_path / "step_000002", 2, {})  # room was made
-    assert checkpoint.latest(tmp_path) == tmp_path / "step_000002"
+    assert newest(tmp_path) == tmp_path / "step_000002"
 
 
 def test_a_checkpoint_is_never_overwritten(tmp_path):
@@ -331,17 +336,17 @@ def test_only_what_is_complete_is_seen(tmp_path):
     pretend(tmp_path, 12, damaged=True)
     pretend(tmp_path, 11).rename(tmp_path / "step_000011.tmp")  # a crash between write and commit
     (tmp_path / "step_000013").mkdir()
-    assert checkpoint.latest(tmp_path) == tmp_path / "step_000010"
+    assert newest(tmp_path) == tmp_path / "step_000010"
     seen = {one.step: one.damage for one in checkpoint.found(tmp_path)}
     assert list(seen) == [13, 12, 10, 9, 2] and seen[10] is None
     assert "rank-00000.safetensors': is damaged: it has 3 bytes (written were 4)" in seen[12]
     assert "cannot read manifest.json" in seen[13]
-    assert checkpoint.latest(tmp_path / "none") is None
+    assert newest(tmp_path / "none") is None
 
 
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
     pretend(tmp_path, 2).rename(tmp_path / "step_000003")
-    assert checkpoint.latest(tmp_path) is None
+    assert newest(tmp_path) is None
     assert "holds step 2; give it back its name" in checkpoint.found(tmp_path)[0].damage
 
 

@@ -35,7 +35,11 @@ def test_a_cosine_rate_is_half_way_down_in_the_middle():
         ({"schedule": "cosine"}, "decay_steps = 0: schedule = 'cosine' needs the update at which it ends"),
         ({"decay_steps": 5}, "decay_steps = 5: schedule = 'constant' needs none"),
         ({"schedule": "linear", "decay_steps": 5, "warmup_steps": 5}, "must be above warmup_steps = 5"),
-        ({"min_learning_rate": 2.0}, "must not exceed learning_rate = 1.0"),
+        ({"min_learning_rate": 0.5}, "is never reached with schedule = 'constant'"),
+        (
+            {"min_learning_rate": 2.0, "schedule": "linear", "decay_steps": 9},
+            "must not exceed learning_rate = 1.0",
+        ),
         ({"overlap": True, "distributed": False}, "overlap = true: needs distributed = true"),
     ],
 )

@@ -216,7 +216,9 @@ def test_a_frozen_router_keeps_its_weights_and_everything_else_learns(pool, tiny
 
 
 @pytest.mark.parametrize(
-    "axes", [{"tensor": 2}, {"context": 2}, {"pipeline": 2}, {"tensor": 2, "context": 2}], ids=str
+    "axes",
+    [{"tensor": 2}, {"context": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"tensor": 2, "context": 2}],
+    ids=str,
 )
 def test_the_load_balancing_loss_has_one_gradient_in_every_layout(pool, tiny_moe, axes):
     """Of one microbatch, as it is defined; upstream's is 1 / (tensor * context) of it (measured, see docs)."""

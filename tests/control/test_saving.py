@@ -109,7 +109,7 @@ def test_a_run_that_went_back_writes_the_later_steps_anew(tmp_path):
         for version in (4, 8):
             await ranks.save(version, {})
             await ranks.saved()
-        checkpoint.set_aside(tmp_path, 4)  # as run.py does before anything starts
+        checkpoint.set_aside(tmp_path / "checkpoints", 4)  # as run.py does before anything starts
         await ranks.load(4)
         assert ranks.saved_version == 4 and ranks.names() == ["step_000004", "superseded"]
         await ranks.save(8, {})

@@ -200,13 +200,14 @@ class Runner:
     def _scale_aux_loss(self, work: Work) -> None:
         """Make the load-balancing loss that of one rank, averaged over tokens.
 
-        Under calculate_per_token_loss Megatron multiplies it by the tokens of one rank, a 1 / (tensor * context) part of
-        the microbatch, and expects a division by all tokens that `_sum_gradients` does not do.
+        Under calculate_per_token_loss Megatron sums it over tokens, and expects a division by all of them that
+        `optimizer._sum_gradients` does not do.
         """
         if self._cfg.moe_aux_loss_coeff:
-            ranks = self._cfg.layout.tensor * self._cfg.layout.context
-            config = self._ddp_chunks[0].config
-            config.moe_aux_loss_coeff = self._cfg.moe_aux_loss_coeff * ranks / work.num_packed
+            from megatron_vespo.trainer.routing import ranks_left_out_of_aux_loss
+
+            factor = ranks_left_out_of_aux_loss(self._cfg.layout) / work.num_packed
+            self._ddp_chunks[0].config.moe_aux_loss_coeff = self._cfg.moe_aux_loss_coeff * factor
 
     def _forward(
         self, one: _Pass, microbatches: Iterator[tuple[int, Microbatch]], ddp: Any

@@ -12,6 +12,7 @@ Shape key:  t rows of this rank (its tokens in packed order), l its layers with 
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import Tensor
 
+from megatron_vespo.config import LayoutConfig
 from megatron_vespo.trainer.packing import Index, input_offsets
 from megatron_vespo.types import Experts, RunError, TrainSequence
 
@@ -177,6 +179,16 @@ class Routing:
                 rows[mine] = spread[mine]
                 bad = i
         return rows, bad
+
+
+def ranks_left_out_of_aux_loss(layout: LayoutConfig) -> int:
+    """By what Megatron's load-balancing loss is too small under calculate_per_token_loss.
+
+    It is multiplied by the tokens that one rank routes, 1 / (tensor * context) of a microbatch; newer versions (0.19)
+    make up for it, 0.16 does not.
+    """
+    source = inspect.getsource(TopKRouter.attach_and_log_load_balancing_loss)
+    return 1 if "tp_cp_group.size()" in source else layout.tensor * layout.context
 
 
 def check_experts(sequences: Sequence[TrainSequence], size: RouterSize) -> None:

@@ -217,20 +217,24 @@ def test_a_frozen_router_keeps_its_weights_and_everything_else_learns(pool, tiny
 
 @pytest.mark.parametrize(
     "axes",
-    [{"tensor": 2}, {"context": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"tensor": 2, "context": 2}],
+    [
+        {"tensor": 2},
+        {"context": 2},
+        {"pipeline": 2, "virtual_pipeline": 2, "max_tokens": 24},
+        {"tensor": 2, "context": 2},
+    ],
     ids=str,
 )
 def test_the_load_balancing_loss_has_one_gradient_in_every_layout(pool, tiny_moe, axes):
-    """Of one microbatch, as it is defined; upstream's is 1 / (tensor * context) of it (measured, see docs)."""
-    batch = [
-        replace(s, token_ids=s.token_ids[:25], advantage=0.0) for s in make_batch(12) if len(s.token_ids) > 24
-    ]
-    assert len(batch) > 1, "several segments"
+    """It is defined by microbatch, so these are the same: one of four segments, or four of one (24 inputs each)."""
+    long = [s for s in make_batch(24) if len(s.token_ids) >= 25][:4]
+    batch = [replace(s, token_ids=s.token_ids[:25], advantage=0.0) for s in long]
+    assert len(batch) == 4
 
     def gradients(**axes):
         cfg = trainer_config(**axes).model_copy(update={"moe_aux_loss_coeff": 0.1})
         return pool.grid(cfg, tiny_moe).gradients(batch)
 
-    alone = gradients()
+    alone = gradients(max_tokens=axes.get("max_tokens", 512))
     assert max(np.abs(g).max() for g in alone.values()) > 1e-3
     assert largest_gap(gradients(**axes), alone) < 1e-6

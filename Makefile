@@ -27,7 +27,7 @@ demo: setup
 	$(VESPO) sft configs/demo_sft.toml seed=$(SEED) run_dir=$(RUN)/sft model=$(RUN)/inputs/model \
 	    data.train=$(RUN)/inputs/demonstrations.parquet --resume auto
 	$(VESPO) train configs/demo.toml seed=$(SEED) run_dir=$(RUN)/rl model=$(RUN)/sft/final \
-	    prompts.train=$(RUN)/inputs/train.parquet prompts.heldout=$(RUN)/inputs/heldout.parquet --resume auto
+	    prompts.train=$(RUN)/inputs/train.parquet evaluation.sets.heldout=$(RUN)/inputs/heldout.parquet --resume auto
 
 # The second configuration: a dense model, synchronous, prompts from jsonl.
 demo-dense: setup

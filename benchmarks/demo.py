@@ -41,7 +41,7 @@ def train(place: Path, seed: int, staleness: int) -> tuple[float, list[dict]]:
     began, run_dir, inputs = time.monotonic(), place / f"rl-staleness{staleness}", place / "inputs"
     run(
         "train", "configs/demo.toml", f"seed={seed}", f"run_dir={run_dir}", f"model={place / 'sft' / 'final'}",
-        f"prompts.train={inputs / 'train.parquet'}", f"prompts.heldout={inputs / 'heldout.parquet'}",
+        f"prompts.train={inputs / 'train.parquet'}", f"evaluation.sets.heldout={inputs / 'heldout.parquet'}",
         f"loop.max_staleness={staleness}",
     )  # fmt: skip
     return time.monotonic() - began, [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]

@@ -198,57 +198,175 @@ class TrainerConfig(_Section):
 
 
 class RolloutConfig(_Section):
-    """The SGLang engine."""
+    """The SGLang engines."""
 
     device: Literal["cpu", "cuda"] = "cuda"
     """"cpu" starts the stock server with this project's plain-PyTorch platform plugin."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     python: Path | None = None
     """Interpreter that runs `sglang.launch_server`; default: the one that runs this program."""
+    engines: Count = 1
+    """Servers that this run starts, watches and restarts."""
+    external: tuple[str, ...] = ()
+    """http://host:port of servers that somebody else started from the same model: used, but never started or ended."""
+    placement: Literal["apart", "colocated"] = "apart"
+    """GPUs of the engines: their own, or those of the trainer's ranks (both then hold their memory all the time)."""
     tensor_parallel: Positive = 1
+    gpus_per_engine: Positive | None = None
+    """Default: tensor_parallel. Above it where `sglang` sets pp_size."""
     context_length: Positive = 32768
     """Longest prompt + response, tokens."""
     max_running_requests: Positive = 256
+    """Of each engine; admission adapts below this to queues and retractions."""
     port: Annotated[int, Field(ge=1024, le=65535)] | None = None
-    """Loopback port; default: a free one."""
+    """Of the only engine; default: free ones."""
     record_experts: bool = True
-    """Ask the engine for the experts of every token (MoE models only)."""
+    """Ask the engines for the experts of every token (MoE models only)."""
+    partial_rollouts: Literal["abort", "retract", "in_place"] = "abort"
+    """What a weight push does to responses under way, all of which continue and keep every token sampled so far.
+    "abort": the engine gives them back and they are sent again with their prefix, experts of the first pass kept;
+    "retract": the engine computes their prefix again itself, which replaces the recorded experts;
+    "in_place": their key-value cache of the old weights is kept, so later tokens mix both."""
     start_timeout_s: Seconds = 600
-    request_timeout_s: Seconds = 600
+    request_timeout_s: Seconds = 1800
+    """Longest wait for one answer of an engine that makes progress."""
+    stall_timeout_s: Seconds = 120
+    """An engine with requests under way and no new token for so long hangs: its work goes elsewhere, it is restarted."""
+    max_restarts: Count = 5
+    """Restarts of one engine in a row without its having served in between; then it is given up."""
     sync_timeout_s: Seconds = 300
+    sync_transport: Literal["auto", "broadcast", "shared_memory", "disk"] = "auto"
+    """How weights travel: one broadcast for all engines ("auto"); memory of rank 0's machine, for engines on it; or files
+    in `sync_directory`, which every engine must see."""
+    sync_directory: Path | None = None
     sync_bucket_bytes: Positive = 512 * 1024**2
+    sync_staging_bytes: Count = 64 * 1024**3
+    """Host memory of rank 0 in which weights are gathered while the engines still generate; what does not fit is gathered
+    while they pause."""
     sync_backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """How weights travel; "auto" is gloo on CPU, else NCCL, which needs trainer and engine on different GPUs."""
+    """Of the broadcast; "auto" is gloo on CPU, else NCCL, which needs trainer and engine on different GPUs."""
     canary_tolerance: PositiveFloat = 0.5
     """Largest |trainer logp - engine logp| on the canary that confirms a weight push, nats."""
     sglang: dict[str, Any] = {}
     """Verbatim `sglang.launch_server` options, without the leading dashes; what a field above decides is refused."""
 
+    @model_validator(mode="after")
+    def _there_are_engines(self) -> RolloutConfig:
+        if not self.engines and not self.external:
+            raise ValueError("engines = 0: nobody would sample; raise it, or name `external` servers")
+        if self.port is not None and self.engines != 1:
+            raise ValueError(
+                f"port = {self.port}: is one port, and engines = {self.engines}; leave it out to get free ones"
+            )
+        for url in self.external:
+            if not url.startswith("http://"):
+                raise ValueError(f"external = '{url}': expected http://host:port; mend it")
+        if len(set(self.external)) < len(self.external):
+            raise ValueError("external: names one server twice; name each once")
+        return self
+
+    @model_validator(mode="after")
+    def _transport_is_complete(self) -> RolloutConfig:
+        if (self.sync_transport == "disk") != (self.sync_directory is not None):
+            raise ValueError(
+                f"sync_directory = {self.sync_directory}: goes with sync_transport = 'disk' and nothing else; set both, or "
+                "neither"
+            )
+        if self.sync_transport == "shared_memory" and self.external:
+            raise ValueError(
+                "sync_transport = 'shared_memory': reaches engines of this machine only, and `external` ones may be "
+                "elsewhere; choose another"
+            )
+        return self
+
+    @property
+    def resolved_gpus_per_engine(self) -> int:
+        return self.gpus_per_engine or self.tensor_parallel
+
 
 class SamplingConfig(_Section):
+    """From what is trained on: the whole distribution (no top-p, no top-k), or log-probs would be of another one."""
+
     temperature: PositiveFloat = 1.0
     max_response_tokens: Positive
 
 
 class PromptsConfig(_Section):
-    """Prompt files in the DAPO-Math layout: parquet or jsonl, one prompt a row.
+    """Prompts: parquet or jsonl, one prompt a row, or the directory of a Hugging Face dataset (cloned, or save_to_disk).
 
-    Columns: prompt (list of {role, content}), reward_model.ground_truth (the answer),
-    extra_info.index (the uid).
+    The default columns are those of DAPO-Math; a dot goes into a struct.
     """
 
     train: Path
-    heldout: Path | None = None
+    split: str = "train"
+    """Of a dataset directory with several."""
+    prompt_column: str = "prompt"
+    """A list of {role, content}, or a text, which becomes the user's message."""
+    answer_column: str = "reward_model.ground_truth"
+    uid_column: str = "extra_info.index"
+    """Unique names; "" numbers the rows."""
     max_prompt_tokens: Positive
     on_long_prompt: Literal["error", "skip"] = "error"
     shuffle: bool = True
 
 
 class RewardConfig(_Section):
-    verifier: Literal["math_verify"] = "math_verify"
+    """How a response is judged."""
+
+    verifier: Literal["math_verify", "exact_match", "function", "http"] = "math_verify"
+    """"exact_match": what stands in the last \\boxed{}, or the whole text, equals the answer;
+    "function": a Python function of (prompt, response, answer) -> number, sync or async;
+    "http": a server that is posted {"uid", "prompt", "response", "answer"} and answers {"reward": number}."""
+    function: str | None = None
+    """"package.module:name", or "path/to/file.py:name"."""
+    url: str | None = None
     timeout_s: Seconds = 5
-    """A response whose verification takes longer gets reward 0 and is counted."""
+    """A response whose verification takes longer gets `failure_reward` and is counted."""
+    failure_reward: float = 0.0
+    """Of a response that could not be judged: deadline, crash, refusal."""
     num_processes: Positive = 1
+    """Workers, each judging one response at a time; of "http", requests at a time."""
+    overlong_tokens: Count = 0
+    """DAPO's soft overlong punishment begins so many tokens below sampling.max_response_tokens; 0: none."""
+    overlong_penalty: NotNegative = 1.0
+    """Taken off the reward of a response of the greatest length; grows linearly from 0."""
+
+    @model_validator(mode="after")
+    def _verifier_is_complete(self) -> RewardConfig:
+        for field, verifier in (("function", "function"), ("url", "http")):
+            if (getattr(self, field) is not None) != (self.verifier == verifier):
+                raise ValueError(
+                    f"{field} = {getattr(self, field)!r}: goes with verifier = '{verifier}' and nothing else, and verifier = "
+                    f"'{self.verifier}'; set both, or neither"
+                )
+        return self
+
+
+class EnvironmentConfig(_Section):
+    """The other side of conversations of several turns; without it a response is one turn."""
+
+    name: str | None = None
+    """"calculator", or "package.module:Class" or "path/to/file.py:Class" of an Environment (types.py)."""
+    max_turns: Positive = 8
+    """Turns of the assistant; the token limit of sampling is for all of them together."""
+
+
+class EvaluationConfig(_Section):
+    """Held-out sets, sampled on the same engines."""
+
+    sets: dict[str, Path] = {}
+    """Files in the layout of [prompts], by the name under which they are reported."""
+    every: Count = 0
+    """Steps between evaluations; 0: at the start and the end only."""
+    samples: Positive = 1
+    """Responses per prompt: the k of avg@k and pass@k."""
+    temperature: PositiveFloat | None = None
+    """Default: sampling.temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_response_tokens: Positive | None = None
+    """Default: sampling.max_response_tokens."""
+    waits: bool = True
+    """Whether training waits for an evaluation, which is then of one version; else it goes on, and the versions are reported."""
 
 
 class VespoConfig(_Section):
@@ -290,10 +408,13 @@ class LoopConfig(_Section):
     after the last one, which makes the next version."""
     max_staleness: Count = 1
     """Versions a token may be older than the weights it trains; 0 is synchronous."""
-    eval_every: Count = 0
-    """Steps between held-out evaluations; 0: at the start and the end only."""
-    eval_samples: Positive = 1
-    """Responses per held-out prompt."""
+    window: Count = 0
+    """Finished groups may overtake unfinished ones by so many places, never beyond the staleness bound; 0: admission order."""
+    filter_groups: bool = False
+    """Sample another prompt instead of a group whose rewards are all equal: it has no signal (DAPO's dynamic sampling)."""
+    oversampling: Annotated[float, Field(ge=1, le=8)] = 1.0
+    """With `filter_groups`: so many times the prompts are under way that would be without filtering.  A group that this
+    would make too stale is sampled again."""
     save_every: Count = 0
     """Steps between checkpoints; 0: at the end only."""
     rescored_sequences: Positive | None = None
@@ -319,16 +440,41 @@ class TrainConfig(_RunConfig):
     sampling: SamplingConfig
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     loop: LoopConfig
 
     @model_validator(mode="after")
     def _sequences_fit(self) -> TrainConfig:
-        longest = self.prompts.max_prompt_tokens + self.sampling.max_response_tokens
-        if longest > self.rollout.context_length:
+        responses = {"sampling": self.sampling.max_response_tokens}
+        if self.evaluation.max_response_tokens:
+            responses["evaluation"] = self.evaluation.max_response_tokens
+        for section, tokens in responses.items():
+            longest = self.prompts.max_prompt_tokens + tokens
+            if longest > self.rollout.context_length:
+                raise ValueError(
+                    f"rollout.context_length = {self.rollout.context_length}: must be at least "
+                    f"prompts.max_prompt_tokens + {section}.max_response_tokens = {longest}; raise it or shorten those"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _filtering_is_complete(self) -> TrainConfig:
+        if self.loop.oversampling > 1 and not self.loop.filter_groups:
             raise ValueError(
-                f"rollout.context_length = {self.rollout.context_length}: must be at least "
-                f"prompts.max_prompt_tokens + sampling.max_response_tokens = {longest}; raise it or shorten those"
+                f"loop.oversampling = {self.loop.oversampling:g}: makes up for groups that are filtered, and "
+                "loop.filter_groups = false; set that, or take it out"
+            )
+        if self.loop.window and not self.loop.max_staleness:
+            raise ValueError(
+                f"loop.window = {self.loop.window}: with loop.max_staleness = 0 a step takes all groups under way, and "
+                "there is nothing to overtake; take it out"
+            )
+        if self.reward.overlong_tokens >= self.sampling.max_response_tokens:
+            raise ValueError(
+                f"reward.overlong_tokens = {self.reward.overlong_tokens}: must be below sampling.max_response_tokens = "
+                f"{self.sampling.max_response_tokens}, or every response would be punished; lower it"
             )
         return self
 
@@ -370,18 +516,32 @@ class TrainConfig(_RunConfig):
         return self
 
     @model_validator(mode="after")
-    def _gpus_are_not_shared_by_accident(self) -> TrainConfig:
-        both = self.trainer.device == self.rollout.device == "cuda" and self.trainer.ray_address == "local"
-        if (
-            both
-            and self.rollout.sync_backend != "gloo"
-            and not self.rollout.sglang.keys() & {"base_gpu_id", "base-gpu-id"}
-        ):
-            ranks = self.trainer.layout.world_size
+    def _gpus_can_be_shared(self) -> TrainConfig:
+        if self.rollout.placement == "apart":
+            return self
+        if not self.trainer.device == self.rollout.device == "cuda":
             raise ValueError(
-                f"rollout.sglang.base_gpu_id is not set: the trainer takes the first {ranks} GPU(s) of this machine and "
-                f"the engine would take them too; set it to {ranks}, or share GPUs on purpose with "
-                "rollout.sync_backend = 'gloo'"
+                "rollout.placement = 'colocated': shares GPUs between trainer and engines, and one of them has device = 'cpu'; "
+                "take it out"
+            )
+        if self.rollout.external:
+            raise ValueError(
+                "rollout.placement = 'colocated': places the engines of this run, and `external` ones are elsewhere; take one "
+                "of them out"
+            )
+        if self.rollout.sync_transport in ("auto", "broadcast") and self.rollout.sync_backend != "gloo":
+            raise ValueError(
+                "rollout.placement = 'colocated': NCCL cannot connect two processes on one GPU; set rollout.sync_transport = "
+                "'shared_memory' (one machine) or 'disk', or rollout.sync_backend = 'gloo'"
+            )
+        num, ranks = (
+            self.rollout.engines * self.rollout.resolved_gpus_per_engine,
+            self.trainer.layout.world_size,
+        )
+        if num > ranks:
+            raise ValueError(
+                f"rollout.engines = {self.rollout.engines}: take {num} GPUs, and the trainer whose GPUs they share has {ranks}; "
+                "lower it"
             )
         return self
 

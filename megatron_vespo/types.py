@@ -20,6 +20,7 @@ Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Experts = NDArray[np.int16]
+Mask = NDArray[np.bool_]
 
 
 class RunError(RuntimeError):
@@ -43,6 +44,16 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """From which distribution the engine draws, and how many tokens at most."""
+
+    temperature: float
+    max_tokens: int
+    top_p: float = 1.0
+    """Below 1 only where nothing is trained on: the engine's log-probs are those of the whole distribution."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class VersionSpan:
     """Response tokens [start, end) were sampled under weight version `version`."""
 
@@ -53,19 +64,27 @@ class VersionSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What the engine sampled after one prompt, and how (written by rollout/)."""
+    """What followed one prompt, and how it was sampled (written by rollout/; several turns are joined by control/)."""
 
     token_ids: Ints
     """[T], the end-of-turn token included when it was sampled."""
     text: str
+    """Of the last turn."""
     behavior_logp: Floats
-    """[T], nats, at the sampling temperature, from the forward pass that sampled the token."""
+    """[T], nats, at the sampling temperature, from the forward pass that sampled the token; 0 where not sampled."""
     spans: tuple[VersionSpan, ...]
     """Cover [0, T) without gap or overlap, versions ascending."""
     experts: Experts | None
     """[N - 1, L, K]: row p holds the experts used while processing token p. None if not recorded."""
     finish_reason: str
     """"stop" (end-of-turn sampled) or "length"."""
+    sampled: Mask | None = None
+    """[T], false where an environment wrote the token: such tokens are read, and neither trained on nor counted. None: all."""
+    num_turns: int = 1
+    num_resumed: int = 0
+    """Times that it was interrupted by a weight push or a lost engine and continued, its tokens kept."""
+    engine: str = ""
+    """Name of the engine that sampled its end."""
 
     @property
     def versions(self) -> Ints:
@@ -88,6 +107,8 @@ class Group:
     """The rollouts of one prompt."""
 
     rollouts: tuple[Rollout, ...]
+    ordinal: int
+    """Place of the prompt in the prompt stream, counted over epochs: names this visit to the prompt for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +126,19 @@ class TrainSequence:
     """[T]; None where no importance weight exists (supervised fine-tuning, scoring)."""
     experts: Experts | None = None
     """[N - 1, L, K]: the engine's choices, where the trainer is to repeat them."""
+    sampled: Mask | None = None
+    """[T], false for tokens that an environment wrote: they are read and scored, but carry no loss, no importance weight
+    and no share of a denominator.  None: all true."""
 
     @property
     def num_response_tokens(self) -> int:
+        """T"""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Response tokens that carry loss."""
+        return self.num_response_tokens if self.sampled is None else int(self.sampled.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +229,11 @@ class SyncReport:
     num_bytes: int
     time_s: Mapping[str, float]
     canary_abs_max: float
-    """Largest |trainer logp - engine logp| over the canary tokens under the new weights, nats."""
+    """Largest |trainer logp - engine logp| over the canary tokens under the new weights, all engines, nats."""
+    num_engines: int = 1
+    """Engines that serve `version` now, confirmed."""
+    num_lost: int = 0
+    """Engines that were lost during the push; each is started again."""
 
 
 class Trainer(Protocol):
@@ -209,34 +243,47 @@ class Trainer(Protocol):
         """The optimizer updates on one batch; they make the next version."""
         ...
 
-    async def publish(self, version: int) -> SyncReport:
-        """Push the current weights into the engine as `version` and confirm that it serves them."""
-        ...
-
     async def save(self, version: int, state: Mapping[str, Any]) -> None:
         """Begin a checkpoint from which a run resumes after `version` steps; training may go on while it is written."""
+        ...
+
+
+class Publisher(Protocol):
+    """mu <- pi."""
+
+    async def publish(self, version: int) -> SyncReport:
+        """Have at least one engine serve the trainer's weights as `version`, confirmed; the others follow or are restarted."""
         ...
 
 
 class Engine(Protocol):
     """mu: whatever samples the responses."""
 
-    async def sample(self, prompt: Prompt, num: int) -> tuple[Response, ...]:
-        """Sample `num` responses to one prompt."""
+    async def sample(self, prompt: Prompt, num: int, sampling: Sampling) -> tuple[Response, ...]:
+        """Sample `num` responses to one prompt, whatever happens to single engines meanwhile."""
         ...
 
     async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
-        """Log-probs and experts of given sequences under the weights the engine serves now."""
+        """Log-probs and experts of given sequences under the newest weights that are served."""
+        ...
+
+
+class Environment(Protocol):
+    """The other side of a conversation: tools, a simulated user, a game."""
+
+    async def reply(self, prompt: Prompt, response: Response) -> Ints | None:
+        """What is appended after the turn that ends `response`: token ids up to where the next turn of the assistant begins.
+
+        None ends the conversation.
+        """
         ...
 
 
 class Verifier(Protocol):
     """A rule that computes rewards."""
 
-    num_timeouts: int
-    """Responses so far whose verification was ended by its deadline, with reward 0."""
-    num_deaths: int
-    """Responses so far of which the verifying process died, with reward 0."""
+    failures: Mapping[str, int]
+    """Responses so far that could not be judged and got the stated reward instead, by what happened: timeouts, deaths, ..."""
 
     async def score(self, prompt: Prompt, responses: Sequence[Response]) -> tuple[float, ...]:
         """One reward per response."""

@@ -91,7 +91,6 @@ def test_a_missing_field_is_named(tmp_path):
         (["rollout.context_length=2000"], "rollout.context_length = 2000: must be at least"),
         (["rollout.sync_backend=nccl", "trainer.device=cpu"], "needs trainer.device = 'cuda'"),
         (["rollout.sync_timeout_s=700.0"], "must be below trainer.collective_timeout_s"),
-        (["rollout.sync_backend=auto"], "rollout.sglang.base_gpu_id is not set"),
         (["algorithm.vespo.lam=[-3.0, 2.0]"], "algorithm.vespo.lam.0 = -3.0: input should be greater than 0"),
         (["algorithm.vespo.k=[nan, 2.0]"], "algorithm.vespo.k.0"),
         (

@@ -123,8 +123,8 @@ def rl(place: Path, name: str, *overrides: str) -> list[str]:
     inputs = place / "inputs"
     return [
         "train", "configs/demo.toml", f"run_dir={place / name}", f"model={place / 'sft' / 'final'}",
-        f"prompts.train={inputs / 'train.parquet'}", f"prompts.heldout={inputs / 'heldout.parquet'}",
-        "loop.prompts_per_step=4", "loop.group_size=4", "loop.eval_samples=1", *overrides,
+        f"prompts.train={inputs / 'train.parquet'}", f"evaluation.sets.heldout={inputs / 'heldout.parquet'}",
+        "loop.prompts_per_step=4", "loop.group_size=4", "evaluation.samples=1", *overrides,
     ]  # fmt: skip
 
 
@@ -254,8 +254,8 @@ def test_a_dense_model_trains_synchronously_from_jsonl_and_nothing_outlives_a_ki
     inputs = place / "inputs"
     run = start(
         "train", "configs/dense_sync.toml", f"run_dir={place / 'dense'}", f"model={inputs / 'dense_model'}",
-        f"prompts.train={inputs / 'train.jsonl'}", f"prompts.heldout={inputs / 'heldout.parquet'}",
-        "loop.prompts_per_step=2", "loop.group_size=2", "loop.eval_samples=1", "loop.num_steps=500",
+        f"prompts.train={inputs / 'train.jsonl'}", f"evaluation.sets.heldout={inputs / 'heldout.parquet'}",
+        "loop.prompts_per_step=2", "loop.group_size=2", "evaluation.samples=1", "loop.num_steps=500",
     )  # fmt: skip
     run.wait_for("step    3 |")
     assert len(run.living()) > 5

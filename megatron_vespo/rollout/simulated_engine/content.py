@@ -71,16 +71,15 @@ class Content:
         self._spelling = np.setdiff1d(np.arange(NUM_WORDS), self._stops)
         self._first_opening = max(NUM_WORDS, self.facts.vocab_size // 2)
 
-    def stream(self, ids: NDArray[np.int64], index: int) -> Stream:
-        """Which response follows `ids`: the one that their end has begun, else sample `index` of them as a prompt."""
+    def stream(self, ids: NDArray[np.int64]) -> Stream:
+        """Which response follows `ids`: the one that their end has begun, else sample 0 of them as a prompt."""
         begun = (ids >= self._first_opening) & (ids < self._first_opening + NUM_OPENINGS)
         opening = int(np.flatnonzero(begun)[-1]) if begun.any() else len(ids)
         if np.isin(ids[opening:], self._stops).any():  # a turn that ended long ago
             opening = len(ids)
-        if opening < len(ids):
-            index = int(ids[opening]) - self._first_opening
+        index = int(ids[opening]) - self._first_opening if opening < len(ids) else 0
         digest = hashlib.blake2b(ids[:opening].tobytes(), digest_size=8, key=str(self._seed).encode())
-        return Stream(int.from_bytes(digest.digest(), "little"), index % NUM_OPENINGS, len(ids) - opening)
+        return Stream(int.from_bytes(digest.digest(), "little"), index, len(ids) - opening)
 
     def remaining(self, stream: Stream) -> int:
         """Tokens from here up to and with the end of turn, at least 1."""

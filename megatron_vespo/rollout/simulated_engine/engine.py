@@ -15,13 +15,13 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
+from megatron_vespo.rollout.simulated_engine import reports
 from megatron_vespo.rollout.simulated_engine.behaviour import Behaviour
 from megatron_vespo.rollout.simulated_engine.content import Content, version_number
 from megatron_vespo.rollout.simulated_engine.faults import Faults
@@ -46,7 +46,6 @@ except ImportError:  # several times slower, and otherwise the same
 
 logger = logging.getLogger(__name__)
 
-SGLANG_VERSION = "0.5.23"
 KEEP_ALIVE_S = 5.0
 HEALTH_CHECK_S = 20.0
 PAUSE_POLL_S = 1.0
@@ -89,7 +88,7 @@ class SimulatedEngine:
         capacity = capacity or self._behaviour.max_running_requests * self._context_length
         self._label = label
         self._dead = False
-        self._scheduler = Scheduler(self._behaviour, capacity, label, version_number(label))
+        self._scheduler = Scheduler(self._behaviour, capacity, label, version_number(label), self._loop)
         self._generation = Generation(self._content, self._context_length, self._loop)
         self._weights = Weights(self._model)
         self._faults = Faults(self._behaviour.seed)
@@ -417,115 +416,18 @@ class SimulatedEngine:
         return web.Response(status=200 if self._unpaused.is_set() else 503)
 
     async def _model_info(self, _: Body) -> web.Response:
-        config = json.loads((self._model / "config.json").read_text())
-        return _json(
-            {
-                "model_path": str(self._model),
-                "served_model_name": str(self._model),
-                "tokenizer_path": str(self._model),
-                "is_generation": True,
-                "preferred_sampling_params": None,
-                "weight_version": self._scheduler.label,
-                "load_format": "auto",
-                "reasoning_parser": None,
-                "tool_call_parser": None,
-                "disaggregation_mode": "null",
-                "has_image_understanding": False,
-                "has_audio_understanding": False,
-                "model_type": config.get("model_type"),
-                "architectures": config.get("architectures"),
-            }
-        )
+        return _json(reports.model_info(self._model, self._scheduler.label))
 
     async def _server_info(self, _: Body) -> web.Response:
         await self._awake.wait()
-        info = {
-            "model_path": str(self._model),
-            "tokenizer_path": str(self._model),
-            "context_length": self._context_length,
-            "max_running_requests": self._behaviour.max_running_requests,
-            "weight_version": self._behaviour.weight_version,
-            "random_seed": self._behaviour.seed,
-            "tp_size": 1,
-            "pp_size": 1,
-            "dp_size": 1,
-            "disable_radix_cache": False,
-            "enable_metrics": self._behaviour.metrics,
-            "enable_return_routed_experts": self._content.facts.is_moe,
-        }
-        return _json(
-            info
-            | {
-                "status": "ready",
-                "max_total_num_tokens": self._scheduler.capacity,
-                "max_req_input_len": self._context_length - 6,
-                "startup_time": self._behaviour.start_delay_s,
-                "internal_states": [info],
-                "version": SGLANG_VERSION,
-                "frontend": "python",
-            }
-        )
+        capacity = self._scheduler.capacity
+        return _json(reports.server_info(self._model, self._behaviour, self._context_length, capacity))
 
     async def _loads(self, _: Body) -> web.Response:
-        load, now = self._scheduler, datetime.now(UTC)
-        tokens = load.num_tokens
-        return _json(
-            {
-                "timestamp": now.isoformat(),
-                "version": SGLANG_VERSION,
-                "accelerator": None,
-                "num_accelerators": 1,
-                "loads": [
-                    {
-                        "timestamp": now.timestamp(),
-                        "dp_rank": 0,
-                        "num_running_reqs": load.num_running,
-                        "num_waiting_reqs": load.num_waiting,
-                        "num_used_tokens": tokens,
-                        "num_total_tokens": tokens,
-                        "num_active_tokens": tokens,
-                        "max_total_num_tokens": load.capacity,
-                        "max_running_requests": load.max_running,
-                        "token_usage": tokens / load.capacity,
-                        "gen_throughput": load.throughput,
-                        "cache_hit_rate": 0.0,
-                        "utilization": load.num_running / load.max_running,
-                        "queues": {
-                            "waiting": load.num_waiting,
-                            "grammar": 0,
-                            "paused": 0,
-                            "retracted": 0,
-                            "prealloc_ready": 0,
-                        },
-                    }
-                ],
-            }
-        )
+        return _json(reports.loads(self._scheduler))
 
     async def _metrics(self, _: Body) -> web.Response:
-        load = self._scheduler
-        model, rank = f'model_name="{self._model}"', 'moe_ep_rank="0",pp_rank="0",tp_rank="0"'
-        scheduler, tokenizer = f'engine_type="unified",{model},{rank}', f'engine_type="unified",{model}'
-        lines: list[str] = []
-        for name, kind, labels, value in (
-            ("max_total_num_tokens", "gauge", scheduler, load.capacity),
-            ("num_running_reqs", "gauge", scheduler, load.num_running),
-            ("num_queue_reqs", "gauge", scheduler, load.num_waiting),
-            ("gen_throughput", "gauge", scheduler, load.throughput),
-            ("token_usage", "gauge", scheduler, load.num_tokens / load.capacity),
-            ("num_used_tokens", "gauge", scheduler, load.num_tokens),
-            ("num_retracted_reqs", "gauge", scheduler, load.num_retracted),
-            ("num_paused_reqs", "gauge", scheduler, 0),
-            ("generation_tokens_total", "counter", tokenizer, load.num_delivered),
-            ("num_requests_total", "counter", tokenizer, load.num_ended),
-            ("num_aborted_requests_total", "counter", tokenizer, load.num_aborted),
-            ("realtime_tokens_total", "counter", f'{scheduler},mode="prefill_compute"', load.num_prefilled),
-            ("realtime_tokens_total", "counter", f'{scheduler},mode="decode"', load.num_decoded),
-        ):
-            if f"# TYPE sglang:{name} {kind}" not in lines:
-                lines.append(f"# TYPE sglang:{name} {kind}")
-            lines.append(f"sglang:{name}{{{labels}}} {float(value)}")
-        return web.Response(text="\n".join(lines) + "\n")
+        return web.Response(text=reports.metrics(self._scheduler, self._model))
 
     # ---- faults
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import time
 import uuid
 from asyncio import AbstractEventLoop
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vespo.rollout.simulated_engine.content import Content, simulated_logp
+from megatron_vespo.rollout.simulated_engine.content import (
+    NUM_OPENINGS,
+    Content,
+    Stream,
+    simulated_logp,
+)
 from megatron_vespo.rollout.simulated_engine.scheduler import Outcome, Request
 
 NO_LIMIT = 1 << 40
@@ -47,8 +53,8 @@ class Generation:
         self._context_length = context_length
         self._loop = loop
         self._cached: set[int] = set()
-        self._singles: Counter[int] = Counter()
-        """Requests for one sample, by prompt: the next one is for the next sample."""
+        self._asked: dict[int, set[int]] = defaultdict(set)
+        """Samples that were asked for alone, by prompt."""
 
     def forget_prefixes(self) -> None:
         self._cached.clear()
@@ -73,29 +79,56 @@ class Generation:
         params = body.get("sampling_params") or {}
         params = params if isinstance(params, list) else [params] * len(prompts)
         num = params[0].get("n", 1) or 1
-        requests: list[Request] = []
-        seen = Counter[int]() if batched or num > 1 else self._singles
-        for place, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-            for _ in range(num):
-                rid = uuid.uuid4().hex if num > 1 else _rid(body.get("rid"), place if batched else None)
-                requests.append(self._request(rid, np.array(prompt, np.int64), sampling, body, seen))
-        return Call(tuple(requests), batched or num > 1, body, params[0].get("temperature", 1.0))
+        each = [
+            (place, np.array(prompt, np.int64), sampling)
+            for place, (prompt, sampling) in enumerate(zip(prompts, params, strict=True))
+            for _ in range(num)
+        ]
+        streams = self._streams([(ids, sampling) for _, ids, sampling in each], batched or num > 1)
+        requests = tuple(
+            self._request(
+                uuid.uuid4().hex if num > 1 else _rid(body.get("rid"), place if batched else None),
+                ids,
+                stream,
+                sampling,
+                body,
+            )
+            for (place, ids, sampling), stream in zip(each, streams, strict=True)
+        )
+        return Call(requests, batched or num > 1, body, params[0].get("temperature", 1.0))
+
+    def _streams(
+        self, each: Sequence[tuple[NDArray[np.int64], Mapping[str, Any]]], together: bool
+    ) -> list[Stream]:
+        """Every sequence is another sample of its prompt: the first ones that none of its neighbours goes on with.
+
+        A request for one sample alone is for the next one that this engine has not been asked for.
+        """
+        streams = [self._content.stream(ids) for ids, _ in each]
+        taken = self._asked if not together else defaultdict[int, set[int]](set)
+        if together:
+            for stream in streams:
+                if stream.done:
+                    taken[stream.key].add(stream.index)
+        for place, (stream, (_, sampling)) in enumerate(zip(streams, each, strict=True)):
+            if stream.done == 0 and sampling.get("max_new_tokens") != 0:
+                used = taken[stream.key]
+                index = next(i for i in itertools.count() if i not in used)
+                used.add(index)
+                streams[place] = replace(stream, index=index % NUM_OPENINGS)
+        return streams
 
     def _request(
         self,
         rid: str,
         ids: NDArray[np.int64],
+        stream: Stream,
         sampling: Mapping[str, Any],
         body: Mapping[str, Any],
-        seen: Counter[int],
     ) -> Request:
         limit = sampling.get("max_new_tokens", 128)
         limit = NO_LIMIT if limit is None else limit
         self._check(ids, limit, sampling)
-        stream = self._content.stream(ids, 0)
-        if stream.done == 0 and limit:
-            stream = self._content.stream(ids, seen[stream.key])
-            seen[stream.key] += 1
         natural = NO_LIMIT if sampling.get("ignore_eos") else self._content.remaining(stream)
         total = min(natural, limit, self._context_length - len(ids))
         return Request(

@@ -24,6 +24,9 @@ FLUSH_EVERY = 50
 """A real scheduler passes a running request's tokens on so often; of a request that waits again, the others are lost
 where it is aborted."""
 
+ROUNDING_S = 1e-9
+"""What is due so soon is due now: a clock's last digits must not postpone it for ever."""
+
 Outcome = Literal["length", "stop", "abort", "abort in queue"]
 
 
@@ -58,14 +61,17 @@ class Request:
 
 
 class Scheduler:
-    """Times every request; use it in one event loop."""
+    """Times every request."""
 
-    def __init__(self, behaviour: Behaviour, capacity: int, label: str, version: int) -> None:
+    def __init__(
+        self, behaviour: Behaviour, capacity: int, label: str, version: int, loop: asyncio.AbstractEventLoop
+    ) -> None:
         """
         Args:
             capacity: tokens of the key-value cache.
             label: weight version that is reported.
             version: weight version that is computed with.
+            loop: whose clock and timers are used.
         """
         self.label = label
         self.version = version
@@ -78,11 +84,13 @@ class Scheduler:
         self.num_aborted = 0
         self.num_ended = 0
         self.num_delivered = 0  # tokens of requests that ended
+        self.decode_moments = [0.0] * 6
+        """Sums over decode steps of 1, requests, us, requests^2, requests * us, tokens."""
         self._first_step_s = 1 / behaviour.decode_tokens_s - 1 / behaviour.max_decode_tokens_s
         self._step_per_request_s = 1 / behaviour.max_decode_tokens_s
         self._prefill_tokens_s = behaviour.prefill_tokens_s
         self._speedup = behaviour.speedup
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._stalls: set[str] = set()
         self._now = 0.0  # virtual
         self._seen = self._loop.time()
@@ -105,6 +113,16 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """To be prefilled."""
+        return sum(len(request.ids) + request.sampled for request in self._waiting)
+
+    @property
+    def prefill_us(self) -> int:
+        """Time that prefills have taken."""
+        return int(self.num_prefilled / self._prefill_tokens_s * 1e6)
 
     @property
     def throughput(self) -> float:
@@ -231,14 +249,18 @@ class Scheduler:
         now = self._loop.time()
         target = self._now + (now - self._seen) * self._rate()
         self._seen = now
-        while (event := self._next_event()) <= target:
+        while (event := self._next_event()) <= target + ROUNDING_S:
             self._pass_to(max(event, self._now))
             self._happen()
-        self._pass_to(target)
+        self._pass_to(max(target, self._now))
 
     def _pass_to(self, moment: float) -> None:
-        if self._decoding:
-            self._steps += (moment - self._now) / self._step_s()
+        if (num := len(self._decoding)) and moment > self._now:
+            step_s = self._step_s()
+            steps = (moment - self._now) / step_s
+            self._steps += steps
+            weights = (1.0, num, step_s * 1e6, num * num, num * step_s * 1e6, num)
+            self.decode_moments = [a + steps * b for a, b in zip(self.decode_moments, weights, strict=True)]
         self._now = moment
 
     def _happen(self) -> None:
@@ -256,7 +278,6 @@ class Scheduler:
 
     def _begin_decoding(self, request: Request) -> None:
         """The prefill itself gives one token."""
-        self.num_prefilled += len(request.ids) + request.sampled
         request.passes = [(0, self.version)]
         request.times.setdefault("prefilled", self._loop.time())
         if request.total > request.sampled:
@@ -312,6 +333,7 @@ class Scheduler:
             request.state = "prefilling"
             request.times.setdefault("admitted", self._loop.time())
             uncached = num if request.retractions else num - request.cached
+            self.num_prefilled += uncached
             self._prefill_free = max(self._now, self._prefill_free) + uncached / self._prefill_tokens_s
             request.ready = self._prefill_free
             self._prefilling[request] = None

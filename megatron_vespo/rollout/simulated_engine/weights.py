@@ -13,13 +13,13 @@ from datetime import timedelta
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import safe_open
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed.distributed_c10d import ProcessGroupGloo
+    from torch.distributed.distributed_c10d import Backend, ProcessGroup, ProcessGroupGloo
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 ROLES = {
@@ -77,14 +77,14 @@ class Weights:
             Refused: the group cannot be joined.
         """
         from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
-        from torch.distributed.distributed_c10d import Backend, BackendConfig, ProcessGroupGloo
+        from torch.distributed.distributed_c10d import BackendConfig, ProcessGroupGloo
 
         name, size = invitation["group_name"], invitation["world_size"]
         if invitation.get("backend", "nccl") != "gloo":
             raise Refused(f"Failed to initialize custom process group: backend {invitation.get('backend')}.")
         # The key prefixes of init_process_group; its own bookkeeping allows one rank of a group in a process, and
         # several engines may live in this one.
-        device = next(iter(BackendConfig(Backend(Backend.GLOO)).get_device_backend_map()))
+        device = next(iter(BackendConfig(cast("Backend", "gloo")).get_device_backend_map()))
         try:
             store = TCPStore(
                 invitation["master_address"], invitation["master_port"], size, False, GROUP_TIMEOUT
@@ -166,7 +166,7 @@ def _broadcast(group: ProcessGroupGloo, part: torch.Tensor) -> None:
 
     options = BroadcastOptions()
     options.rootRank = 0
-    group.broadcast([part], options).wait()
+    cast("ProcessGroup", group).broadcast([part], options).wait()  # of all backends; its stub lacks it
 
 
 def _checksum(data: Any) -> str:

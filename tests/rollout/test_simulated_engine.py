@@ -45,6 +45,7 @@ from megatron_vespo.rollout.simulated_engine.scheduler import Request, Scheduler
 from megatron_vespo.rollout.weight_sync import WeightSync
 
 PROMPT = [72, 101, 108, 108, 111, 259]
+OTHER = [87, 111, 259]
 END = 260
 FAST = Behaviour(speedup=50, lengths="fixed:200", metrics=False)
 
@@ -887,11 +888,11 @@ BODIES = {
     "named": {"input_ids": PROMPT, **WITH_ALL, "rid": "a-name"},
     "plain": {"input_ids": PROMPT, "sampling_params": LENGTH},
     "samples": {"input_ids": PROMPT, **WITH_ALL, "sampling_params": {**LENGTH, "n": 3}},
-    "batch": {"input_ids": [PROMPT, PROMPT[:3]], **WITH_ALL},
+    "batch": {"input_ids": [PROMPT, OTHER], **WITH_ALL},
     "batch of one": {"input_ids": [PROMPT], **WITH_ALL},
-    "batch of samples": {"input_ids": [PROMPT, PROMPT[:3]], **WITH_ALL, "sampling_params": {**LENGTH, "n": 2}},
+    "batch of samples": {"input_ids": [PROMPT, OTHER], **WITH_ALL, "sampling_params": {**LENGTH, "n": 2}},
     "own parameters": {
-        "input_ids": [PROMPT, PROMPT[:3]], **WITH_ALL, "rid": ["x", "y"],
+        "input_ids": [PROMPT, OTHER], **WITH_ALL, "rid": ["x", "y"],
         "sampling_params": [{"max_new_tokens": 2, "ignore_eos": True}, LENGTH],
     },
     "scored": {
@@ -903,7 +904,7 @@ BODIES = {
     },
     "rest of the experts": {"input_ids": PROMPT, **WITH_ALL, "routed_experts_start_len": 6},
     "candidates": {
-        "input_ids": [PROMPT, PROMPT[:3]], "return_logprob": True, "token_ids_logprob": [[5], [6]],
+        "input_ids": [PROMPT, OTHER], "return_logprob": True, "token_ids_logprob": [[5], [6]],
         "sampling_params": {"max_new_tokens": 1, "temperature": 0.5, "ignore_eos": True},
     },
     "nothing": {"input_ids": []},
@@ -980,7 +981,7 @@ def test_control_calls_are_answered_and_refused_as_by_the_real_server(both):
 
 @pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
 def test_pauses_do_what_the_real_servers_do(both, mode):
-    """One request begun before the pause, one after it; both aborted while it lasts, a new version in between."""
+    """One request begun before the pause and one while it lasts, in which the version changes."""
 
     def life(url):
         body = {**BODIES["one"], "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}

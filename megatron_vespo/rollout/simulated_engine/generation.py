@@ -192,6 +192,7 @@ class Generation:
             "weight_versions": spans,
             "completion_tokens": len(ids),
             "e2e_latency": request.times["finished"] - request.times["received"],
+            "response_sent_to_client_ts": time.time(),
         }
         if call.body.get("return_logprob"):
             meta |= self._logprobs(call, request, ids)
@@ -267,7 +268,7 @@ def times_of(request: Request, outcome: Outcome, loop_time: float) -> dict[str, 
     """What a server with metrics adds to an answer."""
     wall = time.time() - loop_time
     if outcome == "abort in queue":
-        return {"response_sent_to_client_ts": wall + loop_time}
+        return {}
     received, admitted, prefilled, finished = (
         request.times.get(name, request.times["received"])
         for name in ("received", "admitted", "prefilled", "finished")
@@ -282,7 +283,6 @@ def times_of(request: Request, outcome: Outcome, loop_time: float) -> dict[str, 
         "first_token_latency": prefilled - received,
         "api_server_dispatch_finish_ts": wall + received,
         "request_finished_ts": wall + finished,
-        "response_sent_to_client_ts": wall + loop_time,
     } | ({"decode_throughput": (request.sampled - 1) / (finished - prefilled)} if request.sampled > 1 else {})
 
 

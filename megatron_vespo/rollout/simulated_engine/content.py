@@ -75,7 +75,7 @@ class Content:
         """Which response follows `ids`: the one that their end has begun, else sample 0 of them as a prompt."""
         begun = (ids >= self._first_opening) & (ids < self._first_opening + NUM_OPENINGS)
         opening = int(np.flatnonzero(begun)[-1]) if begun.any() else len(ids)
-        if np.isin(ids[opening:], self._stops).any():  # a turn that ended long ago
+        if opening < len(ids) and np.isin(ids[opening:], self._stops).any():  # a turn that ended long ago
             opening = len(ids)
         index = int(ids[opening]) - self._first_opening if opening < len(ids) else 0
         digest = hashlib.blake2b(ids[:opening].tobytes(), digest_size=8, key=str(self._seed).encode())

@@ -8,7 +8,7 @@ import time
 import uuid
 from asyncio import AbstractEventLoop
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,39 +79,35 @@ class Generation:
         params = body.get("sampling_params") or {}
         params = params if isinstance(params, list) else [params] * len(prompts)
         num = params[0].get("n", 1) or 1
-        each = [
-            (place, np.array(prompt, np.int64), sampling)
-            for place, (prompt, sampling) in enumerate(zip(prompts, params, strict=True))
-            for _ in range(num)
-        ]
-        streams = self._streams([(ids, sampling) for _, ids, sampling in each], batched or num > 1)
+        ids = [np.array(prompt, np.int64) for prompt in prompts]
+        for one, sampling in zip(ids, params, strict=True):
+            self._check(one, sampling)
+        places = [place for place in range(len(prompts)) for _ in range(num)]
+        streams = [self._content.stream(one) for one in ids]
+        streams = self._samples([streams[place] for place in places], batched or num > 1)
         requests = tuple(
             self._request(
                 uuid.uuid4().hex if num > 1 else _rid(body.get("rid"), place if batched else None),
-                ids,
+                ids[place],
                 stream,
-                sampling,
+                params[place],
                 body,
             )
-            for (place, ids, sampling), stream in zip(each, streams, strict=True)
+            for place, stream in zip(places, streams, strict=True)
         )
         return Call(requests, batched or num > 1, body, params[0].get("temperature", 1.0))
 
-    def _streams(
-        self, each: Sequence[tuple[NDArray[np.int64], Mapping[str, Any]]], together: bool
-    ) -> list[Stream]:
+    def _samples(self, streams: list[Stream], together: bool) -> list[Stream]:
         """Every sequence is another sample of its prompt: the first ones that none of its neighbours goes on with.
 
         A request for one sample alone is for the next one that this engine has not been asked for.
         """
-        streams = [self._content.stream(ids) for ids, _ in each]
-        taken = self._asked if not together else defaultdict[int, set[int]](set)
-        if together:
-            for stream in streams:
-                if stream.done:
-                    taken[stream.key].add(stream.index)
-        for place, (stream, (_, sampling)) in enumerate(zip(streams, each, strict=True)):
-            if stream.done == 0 and sampling.get("max_new_tokens") != 0:
+        taken = defaultdict[int, set[int]](set) if together else self._asked
+        for stream in streams if together else ():
+            if stream.done:
+                taken[stream.key].add(stream.index)
+        for place, stream in enumerate(streams):
+            if not stream.done:
                 used = taken[stream.key]
                 index = next(i for i in itertools.count() if i not in used)
                 used.add(index)
@@ -126,11 +122,8 @@ class Generation:
         sampling: Mapping[str, Any],
         body: Mapping[str, Any],
     ) -> Request:
-        limit = sampling.get("max_new_tokens", 128)
-        limit = NO_LIMIT if limit is None else limit
-        self._check(ids, limit, sampling)
         natural = NO_LIMIT if sampling.get("ignore_eos") else self._content.remaining(stream)
-        total = min(natural, limit, self._context_length - len(ids))
+        total = min(natural, _limit(sampling), self._context_length - len(ids))
         return Request(
             rid=rid,
             ids=ids,
@@ -141,8 +134,8 @@ class Generation:
             done=self._loop.create_future(),
         )
 
-    def _check(self, ids: NDArray[np.int64], limit: int, sampling: Mapping[str, Any]) -> None:
-        room = self._context_length
+    def _check(self, ids: NDArray[np.int64], sampling: Mapping[str, Any]) -> None:
+        room, limit = self._context_length, _limit(sampling)
         if limit < 0:
             raise Unacceptable(f"max_new_tokens must be at least 0, got {limit}.")
         if sampling.get("temperature", 1.0) < 0:
@@ -284,6 +277,11 @@ def times_of(request: Request, outcome: Outcome, loop_time: float) -> dict[str, 
         "api_server_dispatch_finish_ts": wall + received,
         "request_finished_ts": wall + finished,
     } | ({"decode_throughput": (request.sampled - 1) / (finished - prefilled)} if request.sampled > 1 else {})
+
+
+def _limit(sampling: Mapping[str, Any]) -> int:
+    limit = sampling.get("max_new_tokens", 128)
+    return NO_LIMIT if limit is None else limit
 
 
 def _rid(given: Any, place: int | None) -> str:

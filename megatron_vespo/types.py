@@ -87,6 +87,11 @@ class Response:
     """Name of the engine that sampled its end."""
 
     @property
+    def num_sampled(self) -> int:
+        """Tokens that the engine sampled."""
+        return len(self.token_ids) if self.sampled is None else int(self.sampled.sum())
+
+    @property
     def versions(self) -> Ints:
         """[T], the weight version that sampled each token."""
         return np.concatenate([np.full(s.end - s.start, s.version, np.int32) for s in self.spans])
@@ -234,6 +239,8 @@ class SyncReport:
     """Engines that serve `version` now, confirmed."""
     num_lost: int = 0
     """Engines that were lost during the push; each is started again."""
+    changed: bool | None = None
+    """Whether the engines' weights differ from those before, by their digest; None where there is none to compare."""
 
 
 class Trainer(Protocol):
@@ -253,6 +260,10 @@ class Publisher(Protocol):
 
     async def publish(self, version: int) -> SyncReport:
         """Have at least one engine serve the trainer's weights as `version`, confirmed; the others follow or are restarted."""
+        ...
+
+    async def follow(self) -> None:
+        """For ever: give the weights to engines that come, or come back, between two steps."""
         ...
 
 

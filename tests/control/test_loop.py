@@ -14,21 +14,24 @@ from rich.console import Console
 from megatron_vespo.config import TrainConfig, parse_config, to_toml
 from megatron_vespo.control import loop
 from megatron_vespo.control.buffer import GroupBuffer
-from megatron_vespo.control.observer import Observer
-from megatron_vespo.control.progress import Progress
-from megatron_vespo.data.prompts import EpochStream
+from megatron_vespo.control.evaluation import evaluate
+from megatron_vespo.control.observer import Observer, Sources
+from megatron_vespo.control.progress import Progress, ledger_of
+from megatron_vespo.control.sampler import Sampler
+from megatron_vespo.data.stream import EpochStream
 from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rundir import RunDirectory
 from megatron_vespo.types import RunError
 from tests.control.fakes import FakeEngine, FakeTrainer, FakeVerifier, prompt
 
 
-def config(run_dir: Path, **loop_options) -> TrainConfig:
+def config(run_dir: Path, evaluation: dict, **loop_options) -> TrainConfig:
     return parse_config(TrainConfig, {
         "run_dir": str(run_dir),
         "model": "none",
         "prompts": {"train": "none.parquet", "max_prompt_tokens": 8},
         "sampling": {"max_response_tokens": 8},
+        "evaluation": {"sets": {"heldout": "none.parquet"}, **evaluation},
         "trainer": {"device": "cpu", "optimizer": {"learning_rate": 1e-3}},
         "loop": {"num_steps": 6, "prompts_per_step": 2, "group_size": 4, "step_timeout_s": 20, **loop_options},
     })  # fmt: skip
@@ -37,9 +40,11 @@ def config(run_dir: Path, **loop_options) -> TrainConfig:
 class Scenario:
     """A run of the real loop, observer and files on fake collaborators."""
 
-    def __init__(self, run_dir: Path, start: Progress | None = None, **loop_options) -> None:
+    def __init__(
+        self, run_dir: Path, start: Progress | None = None, evaluation: dict | None = None, **loop_options
+    ) -> None:
         start = start or Progress(stream="test")
-        self.cfg = config(run_dir, **loop_options)
+        self.cfg = config(run_dir, evaluation or {}, **loop_options)
         self.engine = FakeEngine(delay_s=0.002)
         self.trainer = FakeTrainer(self.engine, version=start.version)
         self.verifier = FakeVerifier()
@@ -50,8 +55,16 @@ class Scenario:
     def run(self, meanwhile=None) -> list[dict]:
         cfg, start = self.cfg, self.start
         view = LiveView("test", cfg.loop.num_steps, console=Console(file=self.text, width=250))
+        self.prompts = EpochStream([prompt(i) for i in range(50)], 0, False, ledger_of(start, 50))
+        self.sampler = Sampler(cfg, self.engine, self.verifier)
+        sources = Sources(
+            prompts=self.prompts,
+            verifier_failures=lambda: self.verifier.failures,
+            engine_metrics=dict,
+            evaluate=lambda: evaluate(cfg, {"heldout": [prompt(99)]}, self.sampler),
+        )
         with RunDirectory(self.path, to_toml(cfg), resume=start.version > 0) as run, RunLog(run) as log, view:
-            self.observer = Observer(cfg, run, log, view, [prompt(99)], self.verifier, start)
+            self.observer = Observer(cfg, run, log, view, sources, start)
             try:
                 asyncio.run(self._run(meanwhile))
             finally:
@@ -59,17 +72,17 @@ class Scenario:
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
     async def _run(self, meanwhile) -> None:
-        prompts = EpochStream(
-            [prompt(i) for i in range(50)], seed=0, shuffle=False, start=self.start.consumed
-        )
+        ours = self.cfg.loop
         self.buffer = GroupBuffer(
-            prompts_per_step=self.cfg.loop.prompts_per_step,
-            max_staleness=self.cfg.loop.max_staleness,
+            prompts_per_step=ours.prompts_per_step,
+            max_staleness=ours.max_staleness,
+            window=ours.window,
+            oversampling=ours.oversampling,
         )
         if meanwhile:
             background = asyncio.ensure_future(meanwhile(self))
         await loop.train(
-            self.cfg, prompts, self.engine, self.verifier, self.trainer, self.observer, self.buffer
+            self.cfg, self.prompts, self.sampler, self.trainer, self.trainer, self.buffer, self.observer
         )
         if meanwhile:
             await background
@@ -90,7 +103,7 @@ def test_every_step_publishes_its_weights_before_the_next_one(tmp_path):
     assert scenario.trainer.events[:-1] == [
         "publish 0", "step on 0", "publish 1", "step on 1", "publish 2", "step on 2", "publish 3",
     ]  # fmt: skip
-    assert scenario.trainer.events[-1] == "save 3 {'stream': 'test', 'version': 3, 'consumed': 6}"
+    assert scenario.trainer.events[-1].startswith("save 3 {'stream': 'test', 'version': 3, 'ledger': {")
 
 
 def test_the_batch_is_rescored_under_the_weights_that_are_trained(tmp_path):
@@ -125,7 +138,7 @@ def test_a_resumed_run_continues_where_the_first_stopped(tmp_path):
 
 
 def test_evaluations_and_checkpoints_come_when_they_are_due(tmp_path):
-    scenario = Scenario(tmp_path / "run", num_steps=5, eval_every=2, save_every=3, eval_samples=4)
+    scenario = Scenario(tmp_path / "run", num_steps=5, save_every=3, evaluation={"every": 2, "samples": 4})
     records = scenario.run()
     assert [r["step"] for r in records if "reward/heldout_mean" in r] == [0, 2, 4, 5]
     assert records[0]["reward/heldout_mean"] == 0.5  # every second response is right
@@ -136,7 +149,7 @@ def test_closing_the_buffer_ends_the_run_after_the_step_in_progress(tmp_path):
     async def stop_soon(scenario: Scenario) -> None:
         while scenario.trainer.version < 2:
             await asyncio.sleep(0.001)
-        await scenario.buffer.close()
+        scenario.buffer.close()
 
     scenario = Scenario(tmp_path / "run", num_steps=1000)
     records = scenario.run(stop_soon)
@@ -196,7 +209,7 @@ def test_a_sample_of_the_batch_can_be_rescored(tmp_path):
 
 
 def test_a_failed_evaluation_leaves_the_finished_step_to_be_written_down(tmp_path):
-    scenario = Scenario(tmp_path / "run", num_steps=9, eval_every=2)
+    scenario = Scenario(tmp_path / "run", num_steps=9, evaluation={"every": 2})
     scenario.engine.fails_on = "p99"
     with pytest.raises(ExceptionGroup):
         scenario.run()

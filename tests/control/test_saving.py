@@ -17,8 +17,11 @@ class Ranks(TrainerGroup):
 
     def __init__(self, root: Path, *, polls: int = 0, full: bool = False, async_save: bool = True) -> None:
         cfg = TrainerConfig(optimizer=OptimizerConfig(learning_rate=1e-3), async_save=async_save)
-        spec = PolicySpec(cfg=cfg, model=root, algorithm=AlgorithmConfig(), temperature=1.0, seed=0)
-        super().__init__(spec, root / "checkpoints", root / "logs", records_experts=False)
+        spec = PolicySpec(
+            cfg=cfg, model=root, algorithm=AlgorithmConfig(), temperature=1.0, seed=0, updates_per_batch=1
+        )
+        run = SimpleNamespace(checkpoints=root / "checkpoints", logs=root / "logs")
+        super().__init__(SimpleNamespace(), spec, run, version=0, records_experts=False)  # type: ignore[arg-type]
         self.root, self.polls, self.full = root / "checkpoints", polls, full
         self.calls: list[str] = []
         self._actors = [SimpleNamespace(commit=SimpleNamespace(remote=self._commit))]

@@ -39,6 +39,7 @@ class FakeEngine:
         self.fails_after = math.inf
         self.fails_on = ""
         self.no_signal: set[str] = set()
+        self.slow_on: dict[str, float] = {}
         self.num_sampled = 0
         self.scored_under: list[int] = []
 
@@ -47,7 +48,7 @@ class FakeEngine:
         self.num_sampled += 1
         if self.num_sampled > self.fails_after or (self.fails_on == prompt.uid and self.version > 0):
             raise RunError("engine = dead: prompt waited for it; look at its log")
-        await asyncio.sleep(self.delay_s * (self.num_sampled % 3))
+        await asyncio.sleep(self.slow_on.get(prompt.uid, self.delay_s * (self.num_sampled % 3)))
         signal = prompt.uid not in self.no_signal
         return tuple(self._response(prompt, version, good=signal and bool(i % 2)) for i in range(num))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from megatron_vespo.data.stream import EpochStream
 from rich.console import Console
 
 from megatron_vespo.config import TrainConfig, parse_config, to_toml
@@ -18,7 +19,6 @@ from megatron_vespo.control.evaluation import evaluate
 from megatron_vespo.control.observer import Observer, Sources
 from megatron_vespo.control.progress import Progress, ledger_of
 from megatron_vespo.control.sampler import Sampler
-from megatron_vespo.data.stream import EpochStream
 from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rundir import RunDirectory
 from megatron_vespo.types import RunError
@@ -218,3 +218,54 @@ def test_a_failed_evaluation_leaves_the_finished_step_to_be_written_down(tmp_pat
         json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == [0, 1, 2]
+
+
+def test_groups_without_signal_are_replaced_counted_and_never_trained(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=3, filter_groups=True, max_staleness=1)
+    scenario.engine.no_signal = {"p0", "p3"}
+    records = scenario.run()
+    uids = [s.uid for batch in scenario.trainer.batches for s in batch[::4]]
+    assert uids == ["p1", "p2", "p4", "p5", "p6", "p7"]
+    assert sum(record["filter/dropped_groups"] for record in records[1:]) == 2
+    assert scenario.prompts.ledger.count("filtered") == 2
+    dropped = next(r for r in records[1:] if r["filter/dropped_groups"])
+    # Half of the responses of a group with signal are right, none of p0's and p3's are.
+    assert dropped["filter/dropped_reward_mean"] == 0.0 and dropped["filter/sampled_reward_mean"] < 0.5
+    assert max(record["staleness/max_steps"] for record in records[1:]) <= 1
+
+
+def test_oversampled_prompts_that_were_not_needed_are_sampled_again_for_later_steps(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=4, filter_groups=True, oversampling=2.0, max_staleness=0)
+    records = scenario.run()
+    uids = [s.uid for batch in scenario.trainer.batches for s in batch[::4]]
+    assert uids == [f"p{i}" for i in range(8)]
+    assert all(record["staleness/max_steps"] == 0 for record in records[1:])
+
+
+def test_a_window_lets_fast_groups_overtake_and_keeps_the_bound(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=8, max_staleness=2, window=4)
+    records = scenario.run()
+    assert max(record["staleness/max_steps"] for record in records[1:]) <= 2
+    assert sum(record["loop/overtaken_groups"] for record in records[1:]) > 0
+    uids = [s.uid for batch in scenario.trainer.batches for s in batch[::4]]
+    assert len(set(uids)) == 16
+
+
+def test_training_goes_on_beside_an_evaluation_that_it_does_not_wait_for(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=6, evaluation={"every": 2, "waits": False, "samples": 2})
+    scenario.engine.slow_on = {"p99": 0.05}
+    records = scenario.run()
+    evaluated = [r for r in records if "eval/heldout/avg" in r]
+    assert [r["step"] for r in evaluated][-1] == 6 and evaluated[0]["step"] == 0
+    assert all(r["eval/heldout/version_min"] <= r["eval/heldout/version_max"] for r in evaluated)
+    assert evaluated[0]["eval/heldout/pass_at_k"] == 1.0 and evaluated[0]["eval/heldout/avg"] == 0.5
+
+
+def test_a_checkpoint_knows_which_prompts_are_done_out_of_order(tmp_path):
+    first = Scenario(tmp_path / "run", num_steps=3, max_staleness=2, window=4)
+    first.run()
+    done = [s.uid for batch in first.trainer.batches for s in batch[::4]]
+    second = Scenario(tmp_path / "run", start=first.observer.progress, num_steps=9, max_staleness=2, window=4)
+    second.run()
+    after = [s.uid for batch in second.trainer.batches for s in batch[::4]]
+    assert len(set(done + after)) == len(done + after) == 18

@@ -112,11 +112,13 @@ class RankActor:
     def score(self, sequences: Sequence[TrainSequence]) -> RankOutput:
         return self._rank.score(sequences, capture_experts=False)
 
-    def push(self, targets: Sequence[Target]) -> PushOutcome | None:
-        """Gather the weights on all ranks and push them from rank 0, labelled with the number of steps that are in them."""
+    def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
+        """Gather the weights on all ranks and push them from rank 0; None where they are not `version` any more."""
+        if self._rank.num_steps != version:
+            return None
         tensors = self._rank.export()
         try:
-            return self._sync.push(tensors, self._rank.num_steps, targets) if self._sync else None
+            return self._sync.push(tensors, version, targets) if self._sync else None
         finally:
             for _ in (
                 tensors
@@ -216,9 +218,9 @@ class TrainerGroup:
         """Make `push` possible, which connects to the engines when it first meets them."""
         await self._gather("prepare_to_push", [self._actors[0].prepare_to_push.remote(self._spec.model, cfg)])
 
-    async def push(self, targets: Sequence[Target]) -> PushOutcome:
-        """Push the weights that the ranks hold once they get to it: a step in progress ends first, and counts."""
-        return (await self._all("push", list(targets)))[0]
+    async def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
+        """Push the ranks' weights as `version`; None if a step was in progress, which ends first and makes a newer one."""
+        return (await self._all("push", list(targets), version))[0]
 
     async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
         """Log-probs under the weights that the ranks hold."""

@@ -100,7 +100,7 @@ class Observer:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         self._pending |= step_metrics(self._version, rollouts, output, rescored, sync)
         self._pending |= self._verifier_failures() | _prompt_metrics(self._sources.prompts)
-        self._pending |= {f"engine/{key}": value for key, value in self._sources.engine_metrics().items()}
+        self._pending |= self._sources.engine_metrics()
         if self._cfg.loop.filter_groups:
             self._pending |= filter_metrics(groups, self._filtered)
             self._filtered = []

@@ -14,7 +14,9 @@ import numpy as np
 
 from megatron_vespo.config import RolloutConfig
 from megatron_vespo.control.clock import bounded
-from megatron_vespo.rollout.fleet import Fleet, Member
+from megatron_vespo.rollout.fleet import Fleet
+from megatron_vespo.rollout.lifecycle import State
+from megatron_vespo.rollout.member import Member
 from megatron_vespo.rollout.weight_sync import PushOutcome, Target
 from megatron_vespo.types import RunError, Scored, SyncReport, TrainSequence
 
@@ -27,8 +29,8 @@ _MAX_PUSHES = 4
 class Source(Protocol):
     """Where the weights come from: `actors.TrainerGroup`."""
 
-    async def push(self, targets: Sequence[Target]) -> PushOutcome:
-        """Push the weights that the ranks hold, labelled with the number of their steps."""
+    async def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
+        """Push the weights that the ranks hold as `version`; None if they have trained on and hold newer ones."""
         ...
 
     async def score(self, sequences: Sequence[TrainSequence]) -> Sequence[Scored]:
@@ -92,15 +94,19 @@ class FleetPublisher:
             if not members:
                 break
             with self._fleet.updating([member.name for member in members]):
-                outcome = await self._source.push([Target(m.name, m.url) for m in members])
+                outcome = await self._source.push([Target(m.name, m.url) for m in members], version)
+                if (
+                    outcome is None
+                ):  # only between two steps; the publication of the newer ones reaches everyone
+                    break
                 num_bytes += outcome.num_bytes
                 time_s.update(outcome.time_s)
                 gaps = await self._confirm(outcome, members)
             num_lost += len(members) - len(gaps) - len(outcome.incomplete)
-            gap, version = max([gap, *gaps]), max(version, outcome.version)
-            if not outcome.incomplete and self._fleet.version >= version:
+            gap = max([gap, *gaps])
+            if self._num_serving(version) and not outcome.incomplete:
                 break
-        serving = self._fleet.num_serving(version)
+        serving = self._num_serving(version)
         if not serving:
             raise RunError(
                 f"engines that serve version {version} = none after {_MAX_PUSHES} pushes: expected one at least; see what "
@@ -116,11 +122,14 @@ class FleetPublisher:
             changed=self._changed,
         )
 
+    def _num_serving(self, version: int) -> int:
+        return sum(m.state is State.SERVING and m.version == version for m in self._fleet.members)
+
     async def _to_update(self, version: int) -> list[Member]:
         """Engines that live and are not at `version`; waits for one to come back where none serves it."""
         return await bounded(
             self._fleet.to_update(version),
-            lambda: f"the trainer, for an engine to give version {version} to ({self._fleet.describe()})",
+            lambda: f"the trainer, for an engine to give version {version} to ({self._fleet.standing()})",
             deadline_s=self._cfg.start_timeout_s + self._cfg.sync_timeout_s,
             limit="rollout.start_timeout_s + rollout.sync_timeout_s",
         )
@@ -149,9 +158,7 @@ class FleetPublisher:
             self._fleet.lose(name, self._canary_message(name, gap))
         if wrong and not fine:
             raise RunError(self._canary_message(*max(wrong.items(), key=lambda item: item[1])))
-        for name in fine:
-            self._fleet.confirm(name, outcome.version)
-        return list(fine.values())
+        return [gap for name, gap in fine.items() if self._fleet.confirm(name, outcome.version)]
 
     def _note_change(self, digests: Iterable[str]) -> None:
         """Whether the push changed the engines' weights at all: a bfloat16 copy may not, at a small learning rate."""

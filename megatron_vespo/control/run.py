@@ -127,7 +127,9 @@ async def _start(
 
     async def start_fleet(gpus: Sequence[int] = ()) -> Fleet:
         engines = _engines(cfg, cluster, desk.run.logs, gpus)
-        return await stack.enter_async_context(Fleet(cfg.rollout, cfg.model, engines, desk.tell))
+        return await stack.enter_async_context(
+            Fleet(cfg.rollout, cfg.model, engines, desk.tell, temperature=cfg.sampling.temperature)
+        )
 
     if cfg.rollout.placement == "colocated":
         trainer = await stack.enter_async_context(ranks)

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_vespo.config import RolloutConfig
 from megatron_vespo.control.publisher import FleetPublisher, odd_ones
+from megatron_vespo.rollout.lifecycle import State
 from megatron_vespo.rollout.weight_sync import PushOutcome, Target
 from megatron_vespo.types import RunError, Scored, TrainSequence
 
@@ -27,11 +28,15 @@ class Engine:
     name: str
     url: str = "http://nowhere"
     lives: bool = True
-    version: int = -1
+    version: int | None = None
     gap: float = 0.0
     digest: str = "same"
     fails_pushes: int = 0
     incomplete_pushes: int = 0
+
+    @property
+    def state(self) -> State:
+        return State.LOST if not self.lives else State.STALE if self.version is None else State.SERVING
 
 
 @dataclass
@@ -39,7 +44,7 @@ class Fleet:
     """As much of rollout.fleet.Fleet as a publisher needs; a lost engine is back at once, as a restarted one."""
 
     engines: list[Engine]
-    version: int = -1
+    version: int | None = None
     lost: list[str] = field(default_factory=list)
     comes_back: bool = True
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -47,7 +52,7 @@ class Fleet:
     async def to_update(self, version: int) -> list[Engine]:
         while not any(engine.lives for engine in self.engines):
             await asyncio.sleep(0.01)
-        return [engine for engine in self.engines if engine.lives and engine.version < version]
+        return [engine for engine in self.engines if engine.lives and engine.version != version]
 
     async def newcomer(self) -> None:
         await self.arrived.wait()
@@ -60,19 +65,20 @@ class Fleet:
     async def score_on(self, name: str, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
         return scored(-1.0 + self.named(name).gap)
 
-    def confirm(self, name: str, version: int) -> None:
-        self.named(name).version = version
-        self.version = max(self.version, version)
+    def confirm(self, name: str, version: int) -> bool:
+        self.named(name).version = self.version = version
+        return True
 
     def lose(self, name: str, why: str) -> None:
         self.lost.append(f"{name}: {why}")
         self.named(name).lives = self.comes_back
-        self.named(name).version = -1
+        self.named(name).version = None
 
-    def num_serving(self, version: int) -> int:
-        return sum(engine.lives and engine.version == version for engine in self.engines)
+    @property
+    def members(self) -> list[Engine]:
+        return self.engines
 
-    def describe(self) -> str:
+    def standing(self) -> str:
         return f"{len(self.engines)} engines"
 
     def named(self, name: str) -> Engine:
@@ -85,7 +91,9 @@ class Source:
     steps: int = 0
     pushes: list[list[str]] = field(default_factory=list)
 
-    async def push(self, targets: Sequence[Target]) -> PushOutcome:
+    async def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
+        if version != self.steps:
+            return None
         self.pushes.append([target.name for target in targets])
         engines = [self.fleet.named(target.name) for target in targets]
         failures = {e.name: "was killed" for e in engines if e.fails_pushes}
@@ -175,7 +183,7 @@ def test_one_engine_that_computes_something_else_is_lost_and_the_run_goes_on():
 
 
 def test_if_all_engines_compute_something_else_the_run_ends():
-    with pytest.raises(RunError, match="canary on b = 0.9 nats apart: .* rollout.canary_tolerance = 0.5"):
+    with pytest.raises(RunError, match=r"canary on b = 0.9 nats apart: .* rollout.canary_tolerance = 0.5"):
         asyncio.run(publisher(Engine("a", gap=0.7), Engine("b", gap=-0.9)).publish(0))
 
 
@@ -195,7 +203,7 @@ def test_an_engine_that_comes_back_between_two_steps_is_given_the_weights():
         source, fleet = parts(pub)
         await pub.publish(0)
         following = asyncio.create_task(pub.follow())
-        fleet.engines[1].version = -1
+        fleet.engines[1].version = None
         fleet.arrived.set()
         for _ in range(100):
             await asyncio.sleep(0.001)
@@ -206,13 +214,24 @@ def test_an_engine_that_comes_back_between_two_steps_is_given_the_weights():
     asyncio.run(scenario())
 
 
-def test_weights_of_a_step_that_ended_meanwhile_are_confirmed_under_their_own_version():
-    """The push waits behind a step of the ranks: what arrives is newer than what was asked for."""
-    pub = publisher(Engine("a"))
-    parts(pub)[0].steps = 4
-    assert asyncio.run(pub.publish(3)).version == 4
-    assert asyncio.run(pub.publish(4)).version == 4
-    assert len(parts(pub)[0].pushes) == 1
+def test_an_engine_that_comes_back_during_a_step_gets_the_weights_after_it():
+    """Its push waits behind the step of the ranks, whose weights are newer then."""
+
+    async def scenario():
+        pub = publisher(Engine("a"), Engine("b"))
+        source, fleet = parts(pub)
+        await pub.publish(0)
+        following = asyncio.create_task(pub.follow())
+        source.steps, fleet.engines[1].version = 1, None
+        fleet.arrived.set()
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert fleet.engines[1].version is None
+        await pub.publish(1)
+        following.cancel()
+        assert fleet.engines[1].version == 1 and source.pushes == [["a", "b"], ["a", "b"]]
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(

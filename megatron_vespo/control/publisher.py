@@ -6,7 +6,8 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
 
@@ -38,6 +39,17 @@ class Source(Protocol):
         ...
 
 
+@dataclass
+class _Tally:
+    """Of the pushes of one version."""
+
+    num_bytes: int = 0
+    num_lost: int = 0
+    gaps: list[float] = field(default_factory=list)
+    """Of the canary, nats, one for each engine that was confirmed."""
+    time_s: Counter[str] = field(default_factory=Counter)
+
+
 class FleetPublisher:
     """types.Publisher over a fleet of engines.
 
@@ -46,21 +58,10 @@ class FleetPublisher:
     """
 
     def __init__(
-        self,
-        source: Source,
-        fleet: Fleet,
-        canary: Sequence[TrainSequence],
-        cfg: RolloutConfig,
-        tell: Callable[[str], None],
+        self, source: Source, fleet: Fleet, canary: Sequence[TrainSequence], cfg: RolloutConfig
     ) -> None:
         """`canary`: fixed sequences on whose log-probs both engines must agree within cfg.canary_tolerance."""
-        self._source, self._fleet, self._canary, self._cfg, self._tell = (
-            source,
-            fleet,
-            list(canary),
-            cfg,
-            tell,
-        )
+        self._source, self._fleet, self._canary, self._cfg = source, fleet, list(canary), cfg
         self._turn = asyncio.Lock()
         self._trained: tuple[int, Sequence[Scored]] = (-1, ())
         self._digest = ""
@@ -70,42 +71,13 @@ class FleetPublisher:
         """Return as soon as every engine that lives serves `version`; at least one.
 
         Raises:
-            RunError: no engine could be made to serve it, or an engine computes something else than the trainer.
+            RunError: no engine could be made to serve it, or no engine computes what the trainer does.
         """
+        began, tally = perf_counter(), _Tally()
         async with self._turn:
-            return await self._publish(version)
-
-    async def follow(self) -> None:
-        """For ever: give the weights to engines that were started again, or added, between two steps."""
-        while True:
-            await self._fleet.newcomer()
-            async with self._turn:
-                if self._fleet.version >= 0:  # before the first push there is nothing to follow
-                    report = await self._publish(self._fleet.version)
-                    self._tell(
-                        f"version {report.version}: {report.num_engines} engine(s) serve it, confirmed"
-                    )
-
-    async def _publish(self, version: int) -> SyncReport:
-        began, num_bytes, num_lost, gap = perf_counter(), 0, 0, 0.0
-        time_s: Counter[str] = Counter()
-        for _ in range(_MAX_PUSHES):
-            members = await self._to_update(version)
-            if not members:
-                break
-            with self._fleet.updating([member.name for member in members]):
-                outcome = await self._source.push([Target(m.name, m.url) for m in members], version)
-                if (
-                    outcome is None
-                ):  # only between two steps; the publication of the newer ones reaches everyone
+            for _ in range(_MAX_PUSHES):
+                if await self._push(version, tally):
                     break
-                num_bytes += outcome.num_bytes
-                time_s.update(outcome.time_s)
-                gaps = await self._confirm(outcome, members)
-            num_lost += len(members) - len(gaps) - len(outcome.incomplete)
-            gap = max([gap, *gaps])
-            if self._num_serving(version) and not outcome.incomplete:
-                break
         serving = self._num_serving(version)
         if not serving:
             raise RunError(
@@ -114,13 +86,40 @@ class FleetPublisher:
             )
         return SyncReport(
             version=version,
-            num_bytes=num_bytes,
-            time_s={**time_s, "publish": perf_counter() - began},
-            canary_abs_max=gap,
+            num_bytes=tally.num_bytes,
+            time_s={**tally.time_s, "publish": perf_counter() - began},
+            canary_abs_max=max(tally.gaps, default=0.0),
             num_engines=serving,
-            num_lost=num_lost,
+            num_lost=tally.num_lost,
             changed=self._changed,
         )
+
+    async def follow(self) -> None:
+        """For ever: give the weights to engines that were started again, or added, between two steps.
+
+        One that arrives during a step waits for the publication after it.
+        """
+        while True:
+            await self._fleet.newcomer()
+            async with self._turn:
+                if self._fleet.version is not None:  # before the first publication there is nothing to follow
+                    await self._push(self._fleet.version, _Tally())
+
+    async def _push(self, version: int, tally: _Tally) -> bool:
+        """Push to every engine that lives and is not at `version`; whether there is no more to do."""
+        members = await self._to_update(version)
+        if not members:
+            return True
+        with self._fleet.updating([member.name for member in members]):
+            outcome = await self._source.push([Target(m.name, m.url) for m in members], version)
+            if outcome is None:
+                return True
+            gaps = await self._confirm(outcome, members)
+        tally.num_bytes += outcome.num_bytes
+        tally.time_s.update(outcome.time_s)
+        tally.gaps += gaps
+        tally.num_lost += len(members) - len(gaps) - len(outcome.incomplete)
+        return self._num_serving(version) > 0 and not outcome.incomplete
 
     def _num_serving(self, version: int) -> int:
         return sum(m.state is State.SERVING and m.version == version for m in self._fleet.members)
@@ -138,7 +137,7 @@ class FleetPublisher:
         """Let the engines serve that hold and compute what they should, and lose the others; the canary's gaps.
 
         Raises:
-            RunError: engines answer, and not one computes the trainer's log-probs: no restart mends that.
+            RunError: no engine is left that computes the trainer's log-probs: no restart mends that.
         """
         for name, why in outcome.failures.items():
             self._fleet.lose(name, why)
@@ -156,7 +155,7 @@ class FleetPublisher:
         wrong = {name: gap for name, gap in gaps.items() if self._cfg.canary_tolerance < gap < math.inf}
         for name, gap in wrong.items():
             self._fleet.lose(name, self._canary_message(name, gap))
-        if wrong and not fine:
+        if wrong and not fine and all(m.state is not State.SERVING for m in self._fleet.members):
             raise RunError(self._canary_message(*max(wrong.items(), key=lambda item: item[1])))
         return [gap for name, gap in fine.items() if self._fleet.confirm(name, outcome.version)]
 

@@ -84,7 +84,7 @@ async def _train(plan: TrainPlan, start: Progress, desk: Desk, stop: session.Sto
         )
         trainer, fleet = await _start(cfg, cluster, ranks, desk, stack)
         await trainer.prepare_to_push(cfg.rollout)
-        publisher = FleetPublisher(trainer, fleet, plan.canary, cfg.rollout, desk.tell)
+        publisher = FleetPublisher(trainer, fleet, plan.canary, cfg.rollout)
         judge = await stack.enter_async_context(make_verifier(cfg.reward))
         sampler = Sampler(cfg, fleet, overlong(judge, cfg), plan.environment)
         prompts = EpochStream(

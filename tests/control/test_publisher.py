@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from megatron_vespo.rollout.lifecycle import State
 
 from megatron_vespo.config import RolloutConfig
 from megatron_vespo.control.publisher import FleetPublisher, odd_ones
-from megatron_vespo.rollout.lifecycle import State
 from megatron_vespo.rollout.weight_sync import PushOutcome, Target
 from megatron_vespo.types import RunError, Scored, TrainSequence
 
@@ -114,7 +114,7 @@ class Source:
 def publisher(*engines: Engine) -> FleetPublisher:
     fleet = Fleet(list(engines))
     cfg = RolloutConfig(start_timeout_s=0.2, sync_timeout_s=0.2, canary_tolerance=0.5)
-    return FleetPublisher(Source(fleet), fleet, CANARY, cfg, lambda text: None)  # type: ignore[arg-type]
+    return FleetPublisher(Source(fleet), fleet, CANARY, cfg)  # type: ignore[arg-type]
 
 
 def parts(publisher: FleetPublisher) -> tuple[Source, Fleet]:

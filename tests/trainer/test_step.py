@@ -379,13 +379,15 @@ def test_hidden_tokens_at_the_beginning_are_prompt_and_at_the_end_are_as_if_neve
         replace(end, token_ids=end.token_ids[:-4], behavior_logp=end.behavior_logp[:-4], sampled=None),
     ]
     grid = pool.grid(trainer_config(), tiny_moe, algorithm=VESPO)
-    assert largest_gap(grid.gradients([beginning, end]), grid.gradients(shorter)) < 1e-7
+    gradients = grid.gradients(shorter)
+    largest = max(np.abs(g).max() for g in gradients.values())
+    assert largest_gap(grid.gradients([beginning, end]), gradients) < 1e-5 * largest
     step = grid.step([beginning, end])
     expected = pool.grid(trainer_config(), tiny_moe, algorithm=VESPO).step(shorter)
-    np.testing.assert_allclose(step.log_w, expected.log_w, atol=1e-6)
-    np.testing.assert_allclose(step.coefficient, expected.coefficient, rtol=1e-6)
+    np.testing.assert_allclose(step.log_w, expected.log_w, atol=1e-5)
+    np.testing.assert_allclose(step.coefficient, expected.coefficient, rtol=1e-4)
     for field in ("loss", "entropy", "grad_norm", "num_tokens"):
-        assert getattr(step.updates[0], field) == pytest.approx(getattr(expected.updates[0], field), rel=1e-6)
+        assert getattr(step.updates[0], field) == pytest.approx(getattr(expected.updates[0], field), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import VESPO, largest_gap, trainer_config
+
+from tests.trainer.tiny import VESPO, largest_gap, trainer_config
 
 LAYOUTS = [
     {"max_tokens": 32},

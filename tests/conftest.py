@@ -56,7 +56,9 @@ def _session_server(
 @pytest.fixture
 def sglang_server(_session_server: Server) -> Iterator[Server]:
     """A real server (about 40 s to start, once); every test finds it idle with the weights of version 0."""
-    assert asyncio.run(_session_server.death_report()) is None, f"an earlier test killed the server: {_session_server.log}"
+    assert asyncio.run(_session_server.death_report()) is None, (
+        f"an earlier test killed the server: {_session_server.log}"
+    )
     yield _session_server
     if asyncio.run(_session_server.death_report()) is not None:
         return

@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
+from megatron_vespo.config import LoopConfig
 from megatron_vespo.types import Group
 
 
@@ -65,6 +66,16 @@ class GroupBuffer:
         self._places = asyncio.Semaphore(self.capacity)
         self._changed = asyncio.Event()
         self._closed = False
+
+    @classmethod
+    def of(cls, cfg: LoopConfig) -> GroupBuffer:
+        """The configured buffer."""
+        return cls(
+            prompts_per_step=cfg.prompts_per_step,
+            max_staleness=cfg.max_staleness,
+            window=cfg.window,
+            oversampling=cfg.oversampling,
+        )
 
     @property
     def num_alive(self) -> int:

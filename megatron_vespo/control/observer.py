@@ -25,8 +25,8 @@ class Sources(NamedTuple):
     """What is watched besides the loop's own events."""
 
     prompts: EpochStream[Prompt]
-    verifier_failures: Callable[[], Mapping[str, int]]
-    """Totals so far, by kind."""
+    failures: Callable[[], Mapping[str, int]]
+    """Of verifier and environment: totals so far, by metric."""
     engine_metrics: Callable[[], Mapping[str, float]]
     """Of this moment."""
     evaluate: Evaluate | None
@@ -99,7 +99,7 @@ class Observer:
         self._in_training = ()
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         self._pending |= step_metrics(self._version, rollouts, output, rescored, sync)
-        self._pending |= self._verifier_failures() | _prompt_metrics(self._sources.prompts)
+        self._pending |= self._failures() | _prompt_metrics(self._sources.prompts)
         self._pending |= self._sources.engine_metrics()
         if self._cfg.loop.filter_groups:
             self._pending |= filter_metrics(groups, self._filtered)
@@ -168,12 +168,11 @@ class Observer:
         if self._version == 0:  # there is no step to join
             self.flush()
 
-    def _verifier_failures(self) -> Metrics:
-        """Responses since the last step that could not be judged."""
-        now = dict(self._sources.verifier_failures())
-        since = {kind: num - self._failed_before.get(kind, 0) for kind, num in now.items()}
+    def _failures(self) -> Metrics:
+        """Since the last step."""
+        now, before = dict(self._sources.failures()), self._failed_before
         self._failed_before = now
-        return {f"verifier/{kind}": num for kind, num in since.items()}
+        return {metric: num - before.get(metric, 0) for metric, num in now.items()}
 
 
 def _prompt_metrics(prompts: EpochStream[Prompt]) -> Metrics:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vespo.config import ConfigError, SftConfig, TrainConfig, TrainerConfig, to_toml
-from megatron_vespo.data.environments import load_environment
+from megatron_vespo.data.environments import make_environment
 from megatron_vespo.data.prompts import load_demonstrations, load_prompts, load_tokenizer
-from megatron_vespo.data.verifiers import check_verifier
 from megatron_vespo.rollout.server import command as engine_command
 from megatron_vespo.trainer.hf_config import ModelShape, read_model_shape
 from megatron_vespo.trainer.hf_weights import check_weights
@@ -71,8 +70,7 @@ def plan_train(cfg: TrainConfig) -> TrainPlan:
     tokenizer = load_tokenizer(cfg.model)
     prompts = load_prompts(cfg.prompts.train, tokenizer, cfg.prompts)
     heldout = {name: load_prompts(path, tokenizer, cfg.prompts) for name, path in cfg.evaluation.sets.items()}
-    environment = load_environment(cfg.environment.name, tokenizer) if cfg.environment.name else None
-    check_verifier(cfg.reward)
+    environment = make_environment(cfg.environment, tokenizer)
     if all(len(prompt.token_ids) < 2 for prompt in prompts):
         raise ConfigError(
             f"prompts.train = '{cfg.prompts.train}': every prompt has one token, but weight pushes are confirmed on "

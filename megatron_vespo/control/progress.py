@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,7 +57,13 @@ def start_of(run_dir: Path, stream: str, *, resume: Resume | None) -> Progress:
     checkpoint = None if resume is None else _chosen(run_dir / "checkpoints", resume)
     if checkpoint is None:
         return Progress(stream=stream)
-    progress = Progress(**read_state(checkpoint)[1])
+    state = read_state(checkpoint)[1]
+    if state.keys() != {field.name for field in fields(Progress)}:
+        raise ConfigError(
+            f"resume from '{checkpoint}': was written by another version of this program, which remembered "
+            f"{', '.join(state)}; resume it with that, or start a new run from its final/ or from the model"
+        )
+    progress = Progress(**state)
     if progress.stream != stream:
         raise ConfigError(
             f"resume from '{checkpoint}': it consumed [{progress.stream}], this run would consume [{stream}], so items "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_vespo.config import ConfigError, TrainConfig
@@ -21,12 +21,13 @@ from megatron_vespo.control.plan import TrainPlan, plan_train
 from megatron_vespo.control.progress import Progress, Resume, ledger_of, name_of_stream, rescue, start_of
 from megatron_vespo.control.publisher import FleetPublisher
 from megatron_vespo.control.sampler import Sampler
+from megatron_vespo.data.conversation import Conversations
 from megatron_vespo.data.stream import EpochStream
-from megatron_vespo.data.verifiers import make_verifier, overlong
+from megatron_vespo.data.verifiers import make_verifier, punish_overlong
 from megatron_vespo.metrics import LiveView
 from megatron_vespo.rollout.fleet import Fleet
-from megatron_vespo.rollout.server import EngineProcess, External
-from megatron_vespo.types import RunError
+from megatron_vespo.rollout.server import External
+from megatron_vespo.types import Engine, Environment, RunError, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -58,90 +59,87 @@ def evaluate(cfg: TrainConfig, logs: Path) -> list[Evaluated]:
 
     async def sample_and_verify(stop: session.Stop) -> list[Evaluated]:
         async with contextlib.AsyncExitStack() as stack:
-            cluster = await stack.enter_async_context(Cluster(cfg.trainer, cfg.rollout, trains=False))
-            fleet = Fleet(cfg.rollout, cfg.model, _engines(cfg, cluster, logs), logger.warning)
-            await stack.enter_async_context(fleet)
-            for member in await fleet.to_update(0):
-                fleet.confirm(member.name, 0)  # the weights that it was started with are those that are meant
             judge = await stack.enter_async_context(make_verifier(cfg.reward))
-            sampler = Sampler(cfg, fleet, judge, plan.environment)
+            cluster = await stack.enter_async_context(Cluster(cfg.trainer, cfg.rollout, trains=False))
+            fleet = await stack.enter_async_context(_fleet(cfg, cluster, logs, logger.warning))
+            serving = asyncio.ensure_future(_serve_the_model(fleet))
+            stack.callback(serving.cancel)
+            sampler = Sampler(cfg, _speaking(cfg, fleet, plan.environment), judge)
             return await evaluation.evaluate(cfg, plan.heldout, sampler)
 
     return session.run(sample_and_verify, logger.warning)
 
 
+async def _serve_the_model(fleet: Fleet) -> None:
+    """For ever: the weights with which an engine was started are those that are meant."""
+    while True:
+        await fleet.newcomer()
+        for member in await fleet.to_update(0):
+            fleet.confirm(member.name, 0)
+
+
 async def _train(plan: TrainPlan, start: Progress, desk: Desk, stop: session.Stop) -> None:
     cfg = plan.cfg
     async with contextlib.AsyncExitStack() as stack:
+        judge = await stack.enter_async_context(make_verifier(cfg.reward))  # the quickest to fail comes first
         desk.tell("starting the engines and the trainer's ranks")
         cluster = await stack.enter_async_context(Cluster(cfg.trainer, cfg.rollout))
-        ranks = TrainerGroup(
-            cluster,
-            PolicySpec.of(cfg),
-            desk.run,
-            version=start.version,
-            records_experts=plan.records_experts,
-        )
-        trainer, fleet = await _start(cfg, cluster, ranks, desk, stack)
-        await trainer.prepare_to_push(cfg.rollout)
-        publisher = FleetPublisher(trainer, fleet, plan.canary, cfg.rollout)
-        judge = await stack.enter_async_context(make_verifier(cfg.reward))
-        sampler = Sampler(cfg, fleet, overlong(judge, cfg), plan.environment)
+        trainer, fleet = await _start(plan, start, cluster, desk, stack)
+        engine = _speaking(cfg, fleet, plan.environment)
         prompts = EpochStream(
             plan.prompts, cfg.seed, cfg.prompts.shuffle, ledger_of(start, len(plan.prompts))
         )
-        buffer = GroupBuffer(
-            prompts_per_step=cfg.loop.prompts_per_step,
-            max_staleness=cfg.loop.max_staleness,
-            window=cfg.loop.window,
-            oversampling=cfg.loop.oversampling,
-        )
-        examiner = Sampler(cfg, fleet, judge, plan.environment)  # its rewards are those of the verifier alone
+        buffer = GroupBuffer.of(cfg.loop)
+        examiner = Sampler(cfg, engine, judge)  # its rewards are the verifier's alone
         sources = Sources(
             prompts=prompts,
-            verifier_failures=lambda: judge.failures,
+            failures=lambda: _failures(judge, engine),
             engine_metrics=fleet.metrics,
             evaluate=(lambda: evaluation.evaluate(cfg, plan.heldout, examiner)) if plan.heldout else None,
         )
         observer = Observer(cfg, desk.run, desk.log, desk.view, sources, start)
         stop.gently = buffer.close
         try:
-            await loop.train(cfg, prompts, sampler, trainer, publisher, buffer, observer)
+            await loop.train(
+                cfg,
+                prompts,
+                Sampler(cfg, engine, punish_overlong(judge, cfg.reward, cfg.sampling.max_response_tokens)),
+                trainer,
+                FleetPublisher(trainer, fleet, plan.canary, cfg.rollout),
+                buffer,
+                observer,
+            )
         except Exception:
             await rescue(trainer, observer.progress.version, observer.progress_at, desk.tell)
             with contextlib.suppress(RunError, OSError):  # the failure is the news
                 observer.flush()
             raise
-        desk.tell(prompts.report())
+        desk.tell(f"prompts: {prompts.report()}")
         await finish(trainer, observer.progress, cfg.loop.num_steps, desk)
 
 
 async def _start(
-    cfg: TrainConfig,
-    cluster: Cluster,
-    ranks: TrainerGroup,
-    desk: Desk,
-    stack: contextlib.AsyncExitStack,
+    plan: TrainPlan, start: Progress, cluster: Cluster, desk: Desk, stack: contextlib.AsyncExitStack
 ) -> tuple[TrainerGroup, Fleet]:
     """Ranks and engines, side by side; colocated engines need to know the GPUs that the ranks have got."""
-
-    async def start_fleet(gpus: Sequence[int] = ()) -> Fleet:
-        engines = _engines(cfg, cluster, desk.run.logs, gpus)
-        return await stack.enter_async_context(
-            Fleet(cfg.rollout, cfg.model, engines, desk.tell, temperature=cfg.sampling.temperature)
-        )
-
+    cfg, spec = plan.cfg, PolicySpec.of(plan.cfg)
+    ranks = TrainerGroup(cluster, spec, desk.run, version=start.version, records_experts=plan.records_experts)
     if cfg.rollout.placement == "colocated":
         trainer = await stack.enter_async_context(ranks)
-        return trainer, await start_fleet(await trainer.gpus())
-    async with asyncio.TaskGroup() as starting:
-        ready = starting.create_task(stack.enter_async_context(ranks))
-        started = starting.create_task(start_fleet())
-    return ready.result(), started.result()
+        fleet = _fleet(cfg, cluster, desk.run.logs, desk.tell, await trainer.gpus())
+        await stack.enter_async_context(fleet)
+    else:
+        fleet = await stack.enter_async_context(_fleet(cfg, cluster, desk.run.logs, desk.tell))
+        trainer = await stack.enter_async_context(ranks)
+    await trainer.prepare_to_push(cfg.rollout)
+    await fleet.all_started()
+    return trainer, fleet
 
 
-def _engines(cfg: TrainConfig, cluster: Cluster, logs: Path, gpus: Sequence[int] = ()) -> list[EngineProcess]:
-    """Those that are started here, one actor each, and those that run elsewhere."""
+def _fleet(
+    cfg: TrainConfig, cluster: Cluster, logs: Path, tell: Callable[[str], None], gpus: Sequence[int] = ()
+) -> Fleet:
+    """Engines that are started here, one actor each, and those that run elsewhere."""
     rollout, num = cfg.rollout, cfg.rollout.resolved_gpus_per_engine
     ours = [
         RayEngine(
@@ -157,4 +155,19 @@ def _engines(cfg: TrainConfig, cluster: Cluster, logs: Path, gpus: Sequence[int]
         for index in range(rollout.engines)
     ]
     theirs = [External(f"external {index}", url) for index, url in enumerate(rollout.external)]
-    return [*ours, *theirs]
+    return Fleet(rollout, cfg.model, [*ours, *theirs], tell, temperature=cfg.sampling.temperature)
+
+
+def _speaking(cfg: TrainConfig, fleet: Fleet, environment: Environment | None) -> Engine:
+    """The fleet, in conversation with the environment if there is one."""
+    if environment is None:
+        return fleet
+    return Conversations(fleet, environment, max_turns=cfg.environment.max_turns)
+
+
+def _failures(judge: Verifier, engine: Engine) -> dict[str, int]:
+    """Responses that were not judged, and conversations that ended because the environment failed; so far."""
+    counts = {f"verifier/{kind}": num for kind, num in judge.failures.items()}
+    if isinstance(engine, Conversations):
+        counts |= {f"environment/{kind}": num for kind, num in engine.failures.items()}
+    return counts

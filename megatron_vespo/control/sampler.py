@@ -1,18 +1,15 @@
-"""From one prompt to one group: converse, verify, compare."""
+"""From one prompt to one group: sample, verify, compare."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_vespo.algo.advantages import group_advantages
 from megatron_vespo.config import TrainConfig
-from megatron_vespo.data.environments import converse
 from megatron_vespo.types import (
     Engine,
-    Environment,
     Group,
     Prompt,
     Response,
@@ -25,13 +22,10 @@ from megatron_vespo.types import (
 
 
 class Sampler:
-    """mu, an environment to talk to, and the rule that computes rewards."""
+    """mu, and the rule that computes rewards."""
 
-    def __init__(
-        self, cfg: TrainConfig, engine: Engine, verifier: Verifier, environment: Environment | None = None
-    ) -> None:
-        self.engine, self.verifier = engine, verifier
-        self._cfg, self._environment = cfg, environment
+    def __init__(self, cfg: TrainConfig, engine: Engine, verifier: Verifier) -> None:
+        self._cfg, self._engine, self._verifier = cfg, engine, verifier
         self._sampling = Sampling(
             temperature=cfg.sampling.temperature, max_tokens=cfg.sampling.max_response_tokens
         )
@@ -50,17 +44,12 @@ class Sampler:
         self, prompt: Prompt, num: int, sampling: Sampling
     ) -> tuple[tuple[Response, ...], tuple[float, ...]]:
         """`num` responses to one prompt, and their rewards."""
-        if self._environment is None:
-            responses = await self.engine.sample(prompt, num, sampling)
-        else:
-            turns, env = self._cfg.environment.max_turns, self._environment
-            talks = (converse(self.engine, env, prompt, sampling, max_turns=turns) for _ in range(num))
-            responses = tuple(await asyncio.gather(*talks))
-        return responses, await self.verifier.score(prompt, responses)
+        responses = await self._engine.sample(prompt, num, sampling)
+        return responses, await self._verifier.score(prompt, responses)
 
     async def rescore(self, batch: Sequence[TrainSequence], num: int | None) -> list[Scored | None]:
         """The engine's scores of `num` sequences evenly spread over the batch (None: of all), None for the others."""
         chosen = sorted({int(i) for i in np.linspace(0, len(batch) - 1, min(num or len(batch), len(batch)))})
-        scores = await self.engine.score([batch[i] for i in chosen])
+        scores = await self._engine.score([batch[i] for i in chosen])
         score_of = dict(zip(chosen, scores, strict=True))
         return [score_of.get(i) for i in range(len(batch))]

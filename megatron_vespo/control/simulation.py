@@ -162,7 +162,7 @@ async def simulate(
         async with Fleet(cfg.rollout, cfg.model, engines, view.event) as fleet:
             sources = Sources(
                 prompts=stream,
-                verifier_failures=lambda: verifier.failures,
+                failures=lambda: {f"verifier/{kind}": num for kind, num in verifier.failures.items()},
                 engine_metrics=fleet.metrics,
                 evaluate=None,
             )
@@ -180,12 +180,7 @@ async def simulate(
                     Sampler(cfg, fleet, verifier),
                     trainer,
                     FleetPublisher(trainer, fleet, canary, cfg.rollout),
-                    GroupBuffer(
-                        prompts_per_step=cfg.loop.prompts_per_step,
-                        max_staleness=cfg.loop.max_staleness,
-                        window=cfg.loop.window,
-                        oversampling=cfg.loop.oversampling,
-                    ),
+                    GroupBuffer.of(cfg.loop),
                     observer,
                 )
     return text.getvalue()

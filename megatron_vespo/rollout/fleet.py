@@ -101,6 +101,16 @@ class Fleet:
             if failure is not None:
                 self.tell(f"{member.name} could not be ended: {failure}")
 
+    async def all_started(self) -> None:
+        """Wait until every engine has answered, or failed to at its first start.
+
+        Raises:
+            RunError: no engine is left.
+        """
+        await self._until(
+            lambda: all(m.life.starts > 1 or m.state is not State.STARTING for m in self.members)
+        )
+
     # ---- types.Engine
 
     async def sample(self, prompt: Prompt, num: int, sampling: Sampling) -> tuple[Response, ...]:

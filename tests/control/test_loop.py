@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from megatron_vespo.data.stream import EpochStream
 from rich.console import Console
 
 from megatron_vespo.config import TrainConfig, parse_config, to_toml
@@ -19,6 +18,7 @@ from megatron_vespo.control.evaluation import evaluate
 from megatron_vespo.control.observer import Observer, Sources
 from megatron_vespo.control.progress import Progress, ledger_of
 from megatron_vespo.control.sampler import Sampler
+from megatron_vespo.data.stream import EpochStream
 from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rundir import RunDirectory
 from megatron_vespo.types import RunError
@@ -59,7 +59,7 @@ class Scenario:
         self.sampler = Sampler(cfg, self.engine, self.verifier)
         sources = Sources(
             prompts=self.prompts,
-            verifier_failures=lambda: self.verifier.failures,
+            failures=lambda: {f"verifier/{kind}": num for kind, num in self.verifier.failures.items()},
             engine_metrics=dict,
             evaluate=lambda: evaluate(cfg, {"heldout": [prompt(99)]}, self.sampler),
         )
@@ -72,13 +72,7 @@ class Scenario:
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
     async def _run(self, meanwhile) -> None:
-        ours = self.cfg.loop
-        self.buffer = GroupBuffer(
-            prompts_per_step=ours.prompts_per_step,
-            max_staleness=ours.max_staleness,
-            window=ours.window,
-            oversampling=ours.oversampling,
-        )
+        self.buffer = GroupBuffer.of(self.cfg.loop)
         if meanwhile:
             background = asyncio.ensure_future(meanwhile(self))
         await loop.train(

@@ -152,6 +152,14 @@ def test_a_resume_from_one_step_takes_that_one_or_lists_those_there_are(tmp_path
     ],
 )
 def test_a_resume_that_would_consume_other_prompts_is_refused(tmp_path, other):
-    checkpoint(tmp_path, stream=STREAM, version=2, consumed=8)
+    checkpoint(tmp_path, **asdict(at(2)))
     with pytest.raises(ConfigError, match="items would be repeated or skipped"):
         start_of(tmp_path, other, resume="auto")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path):
+    checkpoint(tmp_path, 2, stream=STREAM, version=2, consumed=8)
+    with pytest.raises(
+        ConfigError, match="another version of this program, which remembered stream, version, consumed"
+    ):
+        start_of(tmp_path, STREAM, resume="auto")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from megatron_vespo.rollout.lifecycle import State
 
 from megatron_vespo.config import RolloutConfig
 from megatron_vespo.control.publisher import FleetPublisher, odd_ones
+from megatron_vespo.rollout.lifecycle import State
 from megatron_vespo.rollout.weight_sync import PushOutcome, Target
 from megatron_vespo.types import RunError, Scored, TrainSequence
 

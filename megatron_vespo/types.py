@@ -293,8 +293,10 @@ class Environment(Protocol):
 class Verifier(Protocol):
     """A rule that computes rewards."""
 
-    failures: Mapping[str, int]
-    """Responses so far that could not be judged and got the stated reward instead, by what happened: timeouts, deaths, ..."""
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """Responses so far that could not be judged and got the stated reward instead, by what happened: timeouts, ..."""
+        ...
 
     async def score(self, prompt: Prompt, responses: Sequence[Response]) -> tuple[float, ...]:
         """One reward per response."""

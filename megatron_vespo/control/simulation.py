@@ -70,8 +70,9 @@ class SimulatedTrainer:
         await asyncio.sleep(self._step_s(sequences))
         scored = await self.score(sequences)
         log_w = np.array([
-            float((ours.logp.astype(np.float64) - s.behavior_logp).sum())
+            float(ours.logp.sum(dtype=np.float64) - s.behavior_logp.sum(dtype=np.float64))
             for ours, s in zip(scored, sequences, strict=True)
+            if s.behavior_logp is not None
         ])  # fmt: skip
         num_tokens = sum(s.num_trained_tokens for s in sequences)
         self.version += 1
@@ -151,18 +152,14 @@ async def simulate(
         start: the progress to resume from.
         meanwhile: runs beside the loop, and ends before it.
     """
-    start, verifier, text = (
-        start or Progress(stream="simulation"),
-        verifier or ParityVerifier(),
-        io.StringIO(),
-    )
+    start, judge, text = start or Progress(stream="simulation"), verifier or ParityVerifier(), io.StringIO()
     view = LiveView("simulation", cfg.loop.num_steps, console=Console(file=text, width=300))
     stream = EpochStream(prompts, cfg.seed, cfg.prompts.shuffle, ledger_of(start, len(prompts)))
     with RunDirectory(cfg.run_dir, to_toml(cfg), resume=start.version > 0) as run, RunLog(run) as log, view:
         async with Fleet(cfg.rollout, cfg.model, engines, view.event) as fleet:
             sources = Sources(
                 prompts=stream,
-                failures=lambda: {f"verifier/{kind}": num for kind, num in verifier.failures.items()},
+                failures=lambda: {f"verifier/{kind}": num for kind, num in judge.failures.items()},
                 engine_metrics=fleet.metrics,
                 evaluate=None,
             )
@@ -177,7 +174,7 @@ async def simulate(
                 await loop.train(
                     cfg,
                     stream,
-                    Sampler(cfg, fleet, verifier),
+                    Sampler(cfg, fleet, judge),
                     trainer,
                     FleetPublisher(trainer, fleet, canary, cfg.rollout),
                     GroupBuffer.of(cfg.loop),

@@ -387,7 +387,7 @@ class Fleet:
     async def _until(self, done: Callable[[], bool]) -> None:
         while not done():
             if self._end is not None:
-                raise self._end
+                raise _again(self._end)
             await self._changed.wait()
 
     def _wake(self) -> None:
@@ -428,12 +428,12 @@ class _Share:
         for ask, future in self._waiting.items():
             self.routing.withdraw(ask)
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(_again(error))
         self._waiting.clear()
 
     async def _granted(self, ask: Ask) -> str:
         if self._end is not None:
-            raise self._end
+            raise _again(self._end)
         future = self._waiting[ask] = asyncio.get_running_loop().create_future()
         self.routing.ask(ask)
         self.deal()
@@ -446,6 +446,11 @@ class _Share:
                 self.routing.release(future.result(), ask.num)
             self.deal()
             raise
+
+
+def _again(error: Exception) -> Exception:
+    """The same for one more who hears of it; raising one object again and again would lengthen its traceback."""
+    return type(error)(*error.args)
 
 
 async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> tuple[T, ...]:

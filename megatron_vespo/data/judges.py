@@ -32,6 +32,7 @@ WORKER = Path(__file__).with_name("judge_worker.py")
 START_TIMEOUT_S = 120.0
 MAX_START_ATTEMPTS = 3
 END_TIMEOUT_S = 10.0
+SECOND_LOOK_S = 0.1
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Before each further attempt to reach a server: it may be restarted meanwhile."""
 
@@ -145,10 +146,10 @@ class _Worker:
         try:
             verdict = _verdict(await _bounded(_exchange(process, request), timeout_s), timeout_s)
         except BaseException:  # cancelled in the middle: its reply must not be taken for the next one's
-            self._kill()
+            await self._kill()
             raise
         if isinstance(verdict, Failure) and verdict.kind != "errors":
-            self._kill()
+            await self._kill()
         return verdict
 
     async def start(self) -> Process:
@@ -160,12 +161,12 @@ class _Worker:
                 try:
                     line = await _bounded(process.stdout.readline(), START_TIMEOUT_S)
                 except BaseException:
-                    self._kill()
+                    await self._kill()
                     raise
                 reply = _json(line or b"")
                 if reply == {"ready": True}:
                     return process
-                self._kill()
+                await self._kill()
                 if isinstance(reply, dict) and "refused" in reply:
                     raise ConfigError(reply["refused"])
                 said = f"it said nothing for {START_TIMEOUT_S:g} s" if line is None else f"it said {line!r}"
@@ -177,12 +178,9 @@ class _Worker:
         )
 
     async def end(self) -> None:
-        """Returns when it is gone."""
+        """Returns when it is gone; it does not start again."""
         self._ended = True
-        process = self._process
-        self._kill()
-        if process is not None:
-            await _bounded(process.wait(), END_TIMEOUT_S)
+        await self._kill()
 
     async def _spawn(self, complaints: IO[bytes]) -> Process:
         if self._ended:
@@ -203,11 +201,12 @@ class _Worker:
         # -P: the worker's own folder must not shadow anybody's modules.
         return [sys.executable, "-P", str(WORKER), str(os.getpid()), *self._arguments]
 
-    def _kill(self) -> None:
+    async def _kill(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # it leads a session: what it started goes with it
+            await _bounded(process.wait(), END_TIMEOUT_S)  # longer only where the kernel itself hangs
 
 
 async def _exchange(process: Process, request: bytes) -> bytes:
@@ -222,14 +221,15 @@ async def _exchange(process: Process, request: bytes) -> bytes:
 
 
 async def _bounded(waiting: Coroutine[Any, Any, T], timeout_s: float) -> T | None:
-    """What it returns, or None after the deadline.
-
-    Unlike asyncio.timeout it prefers the answer where both are there: a driver that was busy is not a late worker.
-    """
+    """What it returns, or None after the deadline."""
     task = asyncio.ensure_future(waiting)
     try:
-        done, _ = await asyncio.wait([task], timeout=timeout_s)
-        return task.result() if done else None
+        # Looked at twice: where the driver was busy until after the deadline, the answer may be there, unread.
+        for patience_s in (timeout_s, SECOND_LOOK_S):
+            done, _ = await asyncio.wait([task], timeout=patience_s)
+            if done:
+                return task.result()
+        return None
     finally:
         task.cancel()
 

@@ -349,7 +349,7 @@ def fake_ranks(shape, layout, spec=0):
     """(chunks, groups) of every rank of a layout; all stages as long as one another."""
     layers = shape.num_layers // layout.pipeline // layout.virtual_pipeline
     for rank in range(layout.world_size):
-        groups = Groups(layout, rank, torch.device("cpu"), None, None, None, None, None)
+        groups = Groups(layout, rank, torch.device("cpu"), None, None)
         stage, chunks = groups.at.pipeline, []
         for chunk in range(layout.virtual_pipeline):
             first = stage == 0 and chunk == 0

@@ -157,6 +157,7 @@ async def simulate(
     stream = EpochStream(prompts, cfg.seed, cfg.prompts.shuffle, ledger_of(start, len(prompts)))
     with RunDirectory(cfg.run_dir, to_toml(cfg), resume=start.version > 0) as run, RunLog(run) as log, view:
         async with Fleet(cfg.rollout, cfg.model, engines, view.event) as fleet:
+            await fleet.all_started()
             sources = Sources(
                 prompts=stream,
                 failures=lambda: {f"verifier/{kind}": num for kind, num in judge.failures.items()},

@@ -154,7 +154,10 @@ def _fleet(
         )
         for index in range(rollout.engines)
     ]
-    theirs = [External(f"external {index}", url) for index, url in enumerate(rollout.external)]
+    theirs = [
+        External(f"external {index}", url, rollout.start_timeout_s)
+        for index, url in enumerate(rollout.external)
+    ]
     return Fleet(rollout, cfg.model, [*ours, *theirs], tell, temperature=cfg.sampling.temperature)
 
 

@@ -113,7 +113,7 @@ def test_a_run_that_went_back_writes_the_later_steps_anew(tmp_path):
             await ranks.save(version, {})
             await ranks.saved()
         checkpoint.set_aside(tmp_path / "checkpoints", 4)  # as run.py does before anything starts
-        await ranks.load(4)
+        await ranks._load(4)
         assert ranks.saved_version == 4 and ranks.names() == ["step_000004", "superseded"]
         await ranks.save(8, {})
         await ranks.saved()

@@ -80,8 +80,9 @@ class Run:
     def _until(self, happened: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + patience_s
         while not happened():
-            left = [f"{p.pid} {p.cmdline()[:4]}" for p in self.living()]
-            assert time.monotonic() < deadline, f"waited {patience_s} s for {what}\n{left}\n{self.text}"
+            assert time.monotonic() < deadline, (
+                f"waited {patience_s} s for {what}\n{self.living()}\n{self.text}"
+            )
             time.sleep(0.2)
 
 

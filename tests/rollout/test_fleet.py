@@ -21,7 +21,9 @@ SAMPLING = Sampling(temperature=0.7, max_tokens=6)
 
 def prompts(num):
     """Prompts that share nothing."""
-    return [Prompt(uid=f"{i}", token_ids=np.array([i, 8, 7], np.int32), text="", answer="") for i in range(num)]
+    return [
+        Prompt(uid=f"{i}", token_ids=np.array([i, 8, 7], np.int32), text="", answer="") for i in range(num)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -583,7 +585,9 @@ def test_an_engine_that_never_comes_back_is_given_up_and_the_last_one_ends_the_r
             engine.start_failures = [RunError("no GPU there")] * 10
             await engine.die()
         waiting = asyncio.create_task(case.fleet.newcomer())
-        with pytest.raises(RunError, match=r"(?s)engines = none left.*engine 0: .*no GPU there.*engine 1: .*no GPU"):
+        with pytest.raises(
+            RunError, match=r"(?s)engines = none left.*engine 0: .*no GPU there.*engine 1: .*no GPU"
+        ):
             await case.fleet.sample(PROMPT, 1, SAMPLING)
         with pytest.raises(RunError, match="none left"):
             await waiting
@@ -591,14 +595,19 @@ def test_an_engine_that_never_comes_back_is_given_up_and_the_last_one_ends_the_r
 
     starts, told = run(served_model, work)
     assert starts == [3, 3]  # the first, and two restarts
-    assert sum("is given up: did not serve after 2 restarts in a row (rollout.max_restarts)" in m for m in told) == 2
+    assert (
+        sum("is given up: did not serve after 2 restarts in a row (rollout.max_restarts)" in m for m in told)
+        == 2
+    )
 
 
 def test_restarts_are_counted_anew_once_an_engine_has_served(served_model):
     async def work(case):
         (engine,) = case.engines
         for _ in range(5):  # of 2 in a row
-            await case.until(lambda: case.member(0).state is State.STALE or case.member(0).version is not None)
+            await case.until(
+                lambda: case.member(0).state is State.STALE or case.member(0).version is not None
+            )
             await case.push(0)
             await case.fleet.sample(PROMPT, 1, SAMPLING)
             await engine.die()

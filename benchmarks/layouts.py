@@ -2,10 +2,10 @@
 
     python benchmarks/layouts.py [--model moe|dense|llama] [--recompute none selective full]
 
-Real gloo ranks train tests/trainer's tiny model in float32 on six sequences of uneven length, in every layout of
-tests/trainer/test_layouts.py. Columns: the largest difference from one rank of gradients (gathered to Hugging Face
-names; their largest entry is printed above), of log-probs (nats), of log W (nats) and of the weights after a step, whether
-all expert choices are equal, and the median seconds of a step.
+Real gloo ranks train tests/trainer's tiny model in float32 on six sequences of uneven length, four of them with tokens
+of an environment, in every layout of tests/trainer/test_layouts.py. Columns: the largest difference from one rank of
+gradients (gathered to Hugging Face names; their largest entry is printed above), of log-probs (nats), of log W (nats) and
+of the weights after a step, whether all expert choices are equal, and the median seconds of a step.
 """
 
 from __future__ import annotations

@@ -170,11 +170,11 @@ class Update:
     """Euclidean norm over all parameters, before clipping."""
     learning_rate: float
     entropy: float
-    """Mean over response tokens of the policy's entropy, nats."""
+    """Mean over trained tokens of the policy's entropy, nats."""
     kl: float | None
-    """Mean over response tokens of the k3 estimate of KL(pi || reference), nats; None without a reference."""
+    """Mean over trained tokens of the k3 estimate of KL(pi || reference), nats; None without a reference."""
     num_tokens: int
-    """Response tokens."""
+    """Trained tokens: response tokens that carry loss."""
     num_microbatches: int
     """On each data rank."""
     num_inputs: int
@@ -190,10 +190,10 @@ class StepOutput:
     scored: tuple[Scored, ...]
     """Under the weights before the *first* update.  Under replay the experts are what the trainer would have chosen."""
     log_w: Doubles
-    """[B], sum over the response of (policy_logp - behavior_logp), with the policy as each sequence's own update found it;
+    """[B], sum over the trained tokens of (policy_logp - behavior_logp), with the policy as each sequence's own update found it;
     0 where there is no behavior."""
     coefficient: Doubles
-    """[B], mean over the response's tokens of the detached coefficient; phi(W) for VESPO."""
+    """[B], mean over the trained tokens of the detached coefficient; phi(W) for VESPO."""
     updates: tuple[Update, ...]
     time_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """Seconds by phase, of the slowest rank."""

@@ -2,10 +2,10 @@
 
     python benchmarks/layouts.py [--model moe|dense|llama] [--recompute none selective full]
 
-Real gloo ranks train tests/trainer's tiny model in float32 on six sequences of uneven length, in every layout of
-tests/trainer/test_layouts.py. Columns: the largest difference from one rank of gradients (gathered to Hugging Face
-names; their largest entry is printed above), of log-probs (nats), of log W (nats) and of the weights after a step, whether
-all expert choices are equal, and the median seconds of a step.
+Real gloo ranks train tests/trainer's tiny model in float32 on six sequences of uneven length, four of them with tokens
+of an environment, in every layout of tests/trainer/test_layouts.py. Columns: the largest difference from one rank of
+gradients (gathered to Hugging Face names; their largest entry is printed above), of log-probs (nats), of log W (nats) and
+of the weights after a step, whether all expert choices are equal, and the median seconds of a step.
 """
 
 from __future__ import annotations
@@ -15,28 +15,17 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "trainer"))
-from conftest import VESPO, largest_gap, make_batch, trainer_config, write_model
-from ranks import Pool
-from test_layouts import LAYOUTS, named
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.trainer.ranks import Pool
+from tests.trainer.test_layouts import LAYOUTS, named
+from tests.trainer.tiny import VESPO, largest_gap, make_moderate_batch, trainer_config, write_model
 
 HEAD = f"{'layout':52s} recompute    gradients  log-probs    log W   weights  experts  s/step"
-
-
-def moderate(pool: Pool, model: Path) -> list[Any]:
-    """Behavior log-probs near the model's own, so that phi(W) is far from 0."""
-    batch, noise = make_batch(6), np.random.default_rng(0)
-    scored = pool.grid(trainer_config(), model).score(batch)
-    return [
-        replace(s, behavior_logp=x.logp + 0.1 * noise.standard_normal(len(x.logp)).astype(np.float32))
-        for s, x in zip(batch, scored, strict=True)
-    ]
 
 
 def row(
@@ -82,7 +71,7 @@ def main() -> None:
         tied = args.model != "moe"
         model = write_model(Path(place), moe=not tied, tie_word_embeddings=tied, llama=args.model == "llama")
         pool = Pool(4)
-        batch = moderate(pool, model)
+        batch = make_moderate_batch(pool, model)
         grid = pool.grid(trainer_config(), model, algorithm=VESPO)
         one = grid.gradients(batch), grid.step(batch), grid.weights()
         largest = max(float(np.abs(g).max()) for g in one[0].values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -52,13 +52,13 @@ def sft(
 ) -> None:
     """Fine-tune on demonstrations, with the same trainer."""
     cfg = load_config(SftConfig, config, overrides or ())
-    from megatron_vespo.control import plan, run
+    from megatron_vespo.control import finetune, plan
     from megatron_vespo.diagnose.report import write_report
 
     if dry_run:
         _print(plan.describe_sft(cfg))
     else:
-        run.finetune(cfg, resume=_resume(resume), report=write_report)
+        finetune.finetune(cfg, resume=_resume(resume), report=write_report)
 
 
 @app.command()
@@ -93,16 +93,24 @@ def plan(
 
 
 @app.command("eval")
-def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Sample the held-out prompts with the configured model and print their mean reward."""
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for the numbers; default: eval.json in run_dir.")
+    ] = None,
+) -> None:
+    """Sample the held-out sets with the configured model and print avg@k and pass@k of each."""
     cfg = load_config(TrainConfig, config, overrides or ())
     from megatron_vespo.control import run
 
-    reward_P = run.evaluate(cfg, cfg.run_dir / "logs" / "sglang-eval.log")
-    error = f" +- {statistics.stdev(reward_P) / len(reward_P) ** 0.5:.4f}" if len(reward_P) > 1 else ""
-    _print(
-        f"held-out reward {statistics.mean(reward_P):.4f}{error} (standard error over {len(reward_P)} prompts)"
-    )
+    sets = run.evaluate(cfg, cfg.run_dir / "logs")
+    for one in sets:
+        _print(one.describe())
+    file = output or cfg.run_dir / "eval.json"
+    results = [one.metrics() | {"rewards": one.reward.tolist()} for one in sets]
+    file.write_text(json.dumps({"model": str(cfg.model), "sets": results}, indent=1))
+    _print(f"wrote {file}")
 
 
 @app.command()

@@ -18,7 +18,6 @@ import platform
 import socket
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_vespo.config import ConfigError
-from megatron_vespo.types import Rollout, RunError, Scored, StepOutput
+from megatron_vespo.types import Group, RunError, Scored, StepOutput
 
 _PACKAGES = (
     "megatron-vespo",
@@ -184,7 +183,8 @@ ROLLOUT_SCHEMA = pa.schema([
     ("step", pa.int32()),  # the weights version after the update
     ("train_version", pa.int32()),  # the weights version that the update started from: step - 1
     ("uid", pa.string()),
-    ("sample", pa.int32()),  # 0, 1, ... among this step's rollouts of the same prompt
+    ("ordinal", pa.int64()),  # place in the prompt stream, counted over epochs: no two groups of a run share one
+    ("sample", pa.int32()),  # 0, 1, ... in its group
     ("prompt_text", pa.string()),
     ("response_text", pa.string()),
     ("answer", pa.string()),
@@ -194,6 +194,10 @@ ROLLOUT_SCHEMA = pa.schema([
     ("prompt_ids", pa.list_(pa.int32())),
     ("response_ids", pa.list_(pa.int32())),
     ("versions", pa.list_(pa.int32())),  # the weights version that sampled each token
+    ("sampled", pa.list_(pa.bool_())),  # false where an environment wrote the token; null: all were sampled
+    ("engine", pa.string()),  # that sampled the end
+    ("num_turns", pa.int32()),
+    ("num_resumed", pa.int32()),  # interruptions by weight pushes or lost engines
     ("behavior_logp", pa.list_(pa.float32())),  # engine, when sampled
     ("policy_logp", pa.list_(pa.float32())),  # trainer, under train_version
     ("engine_logp", pa.list_(pa.float32())),  # engine, under train_version; null where not re-scored
@@ -204,18 +208,19 @@ ROLLOUT_SCHEMA = pa.schema([
 
 
 def rollout_rows(
-    rollouts: Sequence[Rollout], output: StepOutput, engine: Sequence[Scored | None], *, step: int
+    groups: Sequence[Group], output: StepOutput, engine: Sequence[Scored | None], *, step: int
 ) -> list[dict[str, Any]]:
     """One row per rollout of the step that made weights version `step`, in the order of `output`."""
-    seen: Counter[str] = Counter()
+    placed = [(group.ordinal, *pair) for group in groups for pair in enumerate(group.rollouts)]
     rows = []
-    for index, rollout in enumerate(rollouts):
+    for index, (ordinal, sample, rollout) in enumerate(placed):
         prompt, response = rollout.prompt, rollout.response
         rows.append({
             "step": step,
             "train_version": step - 1,
             "uid": prompt.uid,
-            "sample": seen[prompt.uid],
+            "ordinal": ordinal,
+            "sample": sample,
             "prompt_text": prompt.text,
             "response_text": response.text,
             "answer": prompt.answer,
@@ -225,13 +230,16 @@ def rollout_rows(
             "prompt_ids": prompt.token_ids,
             "response_ids": response.token_ids,
             "versions": response.versions,
+            "sampled": response.sampled,
+            "engine": response.engine,
+            "num_turns": response.num_turns,
+            "num_resumed": response.num_resumed,
             "behavior_logp": response.behavior_logp,
             "policy_logp": output.scored[index].logp,
             "engine_logp": scored.logp if (scored := engine[index]) else None,
             "log_w": float(output.log_w[index]),
             "coefficient": float(output.coefficient[index]),
         })  # fmt: skip
-        seen[prompt.uid] += 1
     return rows
 
 

@@ -87,6 +87,11 @@ class Response:
     """Name of the engine that sampled its end."""
 
     @property
+    def num_sampled(self) -> int:
+        """Tokens that the engine sampled."""
+        return len(self.token_ids) if self.sampled is None else int(self.sampled.sum())
+
+    @property
     def versions(self) -> Ints:
         """[T], the weight version that sampled each token."""
         return np.concatenate([np.full(s.end - s.start, s.version, np.int32) for s in self.spans])
@@ -165,11 +170,11 @@ class Update:
     """Euclidean norm over all parameters, before clipping."""
     learning_rate: float
     entropy: float
-    """Mean over response tokens of the policy's entropy, nats."""
+    """Mean over trained tokens of the policy's entropy, nats."""
     kl: float | None
-    """Mean over response tokens of the k3 estimate of KL(pi || reference), nats; None without a reference."""
+    """Mean over trained tokens of the k3 estimate of KL(pi || reference), nats; None without a reference."""
     num_tokens: int
-    """Response tokens."""
+    """Trained tokens: response tokens that carry loss."""
     num_microbatches: int
     """On each data rank."""
     num_inputs: int
@@ -185,10 +190,10 @@ class StepOutput:
     scored: tuple[Scored, ...]
     """Under the weights before the *first* update.  Under replay the experts are what the trainer would have chosen."""
     log_w: Doubles
-    """[B], sum over the response of (policy_logp - behavior_logp), with the policy as each sequence's own update found it;
+    """[B], sum over the trained tokens of (policy_logp - behavior_logp), with the policy as each sequence's own update found it;
     0 where there is no behavior."""
     coefficient: Doubles
-    """[B], mean over the response's tokens of the detached coefficient; phi(W) for VESPO."""
+    """[B], mean over the trained tokens of the detached coefficient; phi(W) for VESPO."""
     updates: tuple[Update, ...]
     time_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """Seconds by phase, of the slowest rank."""
@@ -234,6 +239,8 @@ class SyncReport:
     """Engines that serve `version` now, confirmed."""
     num_lost: int = 0
     """Engines that were lost during the push; each is started again."""
+    changed: bool | None = None
+    """Whether the engines' weights differ from those before, by their digest; None where there is none to compare."""
 
 
 class Trainer(Protocol):
@@ -253,6 +260,10 @@ class Publisher(Protocol):
 
     async def publish(self, version: int) -> SyncReport:
         """Have at least one engine serve the trainer's weights as `version`, confirmed; the others follow or are restarted."""
+        ...
+
+    async def follow(self) -> None:
+        """For ever: give the weights to engines that come, or come back, between two steps."""
         ...
 
 
@@ -282,8 +293,10 @@ class Environment(Protocol):
 class Verifier(Protocol):
     """A rule that computes rewards."""
 
-    failures: Mapping[str, int]
-    """Responses so far that could not be judged and got the stated reward instead, by what happened: timeouts, deaths, ..."""
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """Responses so far that could not be judged and got the stated reward instead, by what happened: timeouts, ..."""
+        ...
 
     async def score(self, prompt: Prompt, responses: Sequence[Response]) -> tuple[float, ...]:
         """One reward per response."""

@@ -56,9 +56,11 @@ def _session_server(
 @pytest.fixture
 def sglang_server(_session_server: Server) -> Iterator[Server]:
     """A real server (about 40 s to start, once); every test finds it idle with the weights of version 0."""
-    assert _session_server.death_report() is None, f"an earlier test killed the server: {_session_server.log}"
+    assert asyncio.run(_session_server.death_report()) is None, (
+        f"an earlier test killed the server: {_session_server.log}"
+    )
     yield _session_server
-    if _session_server.death_report() is not None:
+    if asyncio.run(_session_server.death_report()) is not None:
         return
     with contextlib.suppress(urllib.error.HTTPError):  # refused where no push failed half-way, and by 0.5.20
         _post(_session_server, "/end_weight_update", {})

@@ -20,7 +20,7 @@ from megatron_vespo.rundir import (
     rollout_rows,
     write_rollouts,
 )
-from megatron_vespo.types import Prompt, Response, Rollout, RunError, Scored, StepOutput, VersionSpan
+from megatron_vespo.types import Group, Prompt, Response, Rollout, RunError, Scored, StepOutput, VersionSpan
 
 
 def start_a_run(path, config=""):
@@ -131,7 +131,7 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_named(tmp_path):
         read_metrics(file)
 
 
-def a_batch() -> tuple[list[Rollout], StepOutput, list[Scored]]:
+def a_batch() -> tuple[list[Group], StepOutput, list[Scored]]:
     """Two responses of 3 and 1 tokens to one prompt; the first spans versions 4 and 5."""
     prompt = Prompt(uid="q7", token_ids=np.array([1, 2], np.int32), text="2+2=", answer="4")
     long = Response(
@@ -141,6 +141,8 @@ def a_batch() -> tuple[list[Rollout], StepOutput, list[Scored]]:
         spans=(VersionSpan(version=4, start=0, end=2), VersionSpan(version=5, start=2, end=3)),
         experts=None,
         finish_reason="stop",
+        num_resumed=1,
+        engine="engine 3",
     )
     short = Response(
         token_ids=np.array([9], np.int32),
@@ -164,12 +166,12 @@ def a_batch() -> tuple[list[Rollout], StepOutput, list[Scored]]:
         updates=(),
     )
     engine = [Scored(logp=np.array([-0.5, -0.5, -1.125], np.float32), experts=None)] * 2
-    return rollouts, output, engine
+    return [Group(rollouts=tuple(rollouts), ordinal=11)], output, engine
 
 
 def test_a_rollout_file_holds_every_number_exactly(tmp_path):
-    rollouts, output, engine = a_batch()
-    file = write_rollouts(tmp_path, rollout_rows(rollouts, output, engine, step=6))
+    groups, output, engine = a_batch()
+    file = write_rollouts(tmp_path, rollout_rows(groups, output, engine, step=6))
     assert file.name == "step_000006.parquet"
     assert [p.name for p in tmp_path.iterdir()] == [file.name]  # no partial file is left
     first, second = pq.read_table(file).to_pylist()
@@ -177,6 +179,7 @@ def test_a_rollout_file_holds_every_number_exactly(tmp_path):
         "step": 6,
         "train_version": 5,
         "uid": "q7",
+        "ordinal": 11,
         "sample": 0,
         "prompt_text": "2+2=",
         "response_text": "4 ok",
@@ -187,6 +190,10 @@ def test_a_rollout_file_holds_every_number_exactly(tmp_path):
         "prompt_ids": [1, 2],
         "response_ids": [5, 6, 7],
         "versions": [4, 4, 5],
+        "sampled": None,
+        "engine": "engine 3",
+        "num_turns": 1,
+        "num_resumed": 1,
         "behavior_logp": [-0.5, -0.25, -1.0],
         "policy_logp": [-0.5, -0.5, -1.0],
         "engine_logp": [-0.5, -0.5, -1.125],
@@ -197,9 +204,7 @@ def test_a_rollout_file_holds_every_number_exactly(tmp_path):
 
 
 def test_an_engine_that_was_not_asked_leaves_a_null(tmp_path):
-    rollouts, output, _ = a_batch()
-    table = pq.read_table(
-        write_rollouts(tmp_path, rollout_rows(rollouts, output, [None] * len(rollouts), step=6))
-    )
+    groups, output, _ = a_batch()
+    table = pq.read_table(write_rollouts(tmp_path, rollout_rows(groups, output, [None, None], step=6)))
     assert table["engine_logp"].to_pylist() == [None, None]
     assert table.schema.field("engine_logp").type == table.schema.field("policy_logp").type

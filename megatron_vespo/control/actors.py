@@ -12,21 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megatron_vespo.config import AlgorithmConfig, ConfigError, RolloutConfig, TrainerConfig
+from megatron_vespo.config import (
+    AlgorithmConfig,
+    ConfigError,
+    RolloutConfig,
+    SftConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from megatron_vespo.control.clock import bounded
+from megatron_vespo.control.cluster import Cluster
 from megatron_vespo.rollout.server import free_port
-from megatron_vespo.rollout.weight_sync import WeightSync
+from megatron_vespo.rollout.weight_sync import PushOutcome, Target, WeightSync
+from megatron_vespo.rundir import RunDirectory
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.layout import Place, rank_name
 from megatron_vespo.trainer.outputs import RankOutput, merge_scores, merge_step
 from megatron_vespo.trainer.step import TrainerRank
-from megatron_vespo.types import Engine, RunError, StepOutput, SyncReport, TrainSequence
+from megatron_vespo.types import RunError, Scored, StepOutput, TrainSequence
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +40,6 @@ _LOG_TAIL_LINES = 15
 _SETTLE_S = 10.0
 _CAUSE_S = 3.0
 _POLL_S, _LONGEST_POLL_S = 0.05, 1.0
-_OBJECT_STORE_BYTES = 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,20 @@ class PolicySpec:
     algorithm: AlgorithmConfig
     temperature: float
     seed: int
-    updates_per_batch: int = 1
+    updates_per_batch: int
+
+    @classmethod
+    def of(cls, cfg: TrainConfig | SftConfig) -> PolicySpec:
+        """Supervised fine-tuning is REINFORCE on demonstrations, whose coefficient and advantage are 1."""
+        rl = isinstance(cfg, TrainConfig)
+        return cls(
+            cfg=cfg.trainer,
+            model=cfg.model.resolve(),
+            algorithm=cfg.algorithm if rl else AlgorithmConfig(name="reinforce"),
+            temperature=cfg.sampling.temperature if rl else 1.0,
+            seed=cfg.seed,
+            updates_per_batch=cfg.loop.updates_per_batch if rl else 1,
+        )
 
 
 @ray.remote
@@ -62,6 +80,10 @@ class RankActor:
             level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True
         )
         self._sync: WeightSync | None = None
+
+    def gpus(self) -> tuple[int, ...]:
+        """The GPUs of this rank, as its node numbers them."""
+        return tuple(int(gpu) for gpu in ray.get_gpu_ids())
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and free port of this process, for the process groups that rank 0 hosts."""
@@ -80,21 +102,9 @@ class RankActor:
             updates_per_batch=spec.updates_per_batch,
         )
 
-    def connect(self, engine_url: str, model: Path, cfg: RolloutConfig) -> None:
-        """Join the engine's weight-transfer group (rank 0 only)."""
-        device = self._rank.groups.device
-        self._sync = WeightSync.connect(
-            engine_url,
-            model,
-            backend=cfg.sync_backend
-            if cfg.sync_backend != "auto"
-            else "gloo"
-            if device.type == "cpu"
-            else "nccl",
-            device=device,
-            bucket_bytes=cfg.sync_bucket_bytes,
-            timeout_s=cfg.sync_timeout_s,
-        )
+    def prepare_to_push(self, model: Path, cfg: RolloutConfig) -> None:
+        """Make this the rank that pushes (rank 0 only)."""
+        self._sync = WeightSync(model, cfg, self._rank.groups.device)
 
     def step(self, sequences: Sequence[TrainSequence], step_number: int, capture_experts: bool) -> RankOutput:
         return self._rank.step(sequences, step_number, capture_experts=capture_experts)
@@ -102,11 +112,13 @@ class RankActor:
     def score(self, sequences: Sequence[TrainSequence]) -> RankOutput:
         return self._rank.score(sequences, capture_experts=False)
 
-    def push(self, version: int) -> tuple[int, dict[str, float]]:
-        """Gather the weights on all ranks and push them from rank 0; bytes and seconds."""
+    def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
+        """Gather the weights on all ranks and push them from rank 0; None where they are not `version` any more."""
+        if self._rank.num_steps != version:
+            return None
         tensors = self._rank.export()
         try:
-            return self._sync.push(tensors, version) if self._sync else (0, {})
+            return self._sync.push(tensors, version, targets) if self._sync else None
         finally:
             for _ in (
                 tensors
@@ -148,29 +160,34 @@ class _Saving:
 class TrainerGroup:
     """types.Trainer over Ray: every call goes to all ranks; the first failure of any rank ends it.
 
-    `async with` starts Ray (or joins the cluster), places one actor per rank, joins them in their process groups
-    and loads the model; leaving it ends every actor.
+    `async with` places one actor per rank, joins them in their process groups and loads the model, or a checkpoint;
+    leaving it ends every actor.
     """
 
-    def __init__(self, spec: PolicySpec, checkpoints: Path, logs: Path, *, records_experts: bool) -> None:
+    def __init__(
+        self, cluster: Cluster, spec: PolicySpec, run: RunDirectory, *, version: int, records_experts: bool
+    ) -> None:
+        """
+        Args:
+            version: of the checkpoint to continue from; 0: start from the model.
+            records_experts: whether a step reports the routers' choices.
+        """
+        self._cluster, self._start_version = cluster, version
         self.saved_version = 0
         self._version = 0
         self._spec = spec
-        self._checkpoints = checkpoints.resolve()
-        self._logs = logs.resolve()
+        self._checkpoints = run.checkpoints.resolve()
+        self._logs = run.logs.resolve()
         self._records_experts = records_experts
         self._actors: list[Any] = []
         self._a_rank_failed = False
         self._saving: _Saving | None = None
 
     async def __aenter__(self) -> TrainerGroup:
-        cfg = self._spec.cfg
         try:
-            await asyncio.to_thread(_start_ray, cfg)
-            options = await _reserve(cfg)
             self._actors = [
-                RankActor.options(**rank_options).remote(str(self._log(rank)))  # type: ignore[attr-defined]
-                for rank, rank_options in enumerate(options)
+                RankActor.options(**self._cluster.rank_options(rank)).remote(str(self._log(rank)))  # type: ignore[attr-defined]
+                for rank in range(self._spec.cfg.layout.world_size)
             ]
             ((address, port),) = await self._gather("rendezvous", [self._actors[0].rendezvous.remote()])
             num = len(self._actors)
@@ -182,6 +199,8 @@ class TrainerGroup:
                 for actor, place in zip(self._actors, places, strict=True)
             ]
             await self._gather("start", starts)
+            if self._start_version:
+                await self._load(self._start_version)
         except BaseException:
             await self.__aexit__()
             raise
@@ -190,19 +209,22 @@ class TrainerGroup:
     async def __aexit__(self, *exc: object) -> None:
         for actor in self._actors:
             ray.kill(actor)
-        await asyncio.to_thread(ray.shutdown)
 
-    async def connect(
-        self, engine: Engine, url: str, cfg: RolloutConfig, canary: Sequence[TrainSequence]
-    ) -> None:
-        """Open the path on which `publish` sends weights to the engine at `url`.
+    async def gpus(self) -> list[int]:
+        """GPU of every rank, in rank order; empty on CPU."""
+        return [gpu for gpus in await self._all("gpus") for gpu in gpus]
 
-        Args:
-            engine: the same engine, asked to score `canary` after every push.
-            canary: fixed sequences on whose log-probs both engines must agree within cfg.canary_tolerance.
-        """
-        self._engine, self._canary, self._tolerance = engine, list(canary), cfg.canary_tolerance
-        await self._gather("connect", [self._actors[0].connect.remote(url, self._spec.model, cfg)])
+    async def prepare_to_push(self, cfg: RolloutConfig) -> None:
+        """Make `push` possible, which connects to the engines when it first meets them."""
+        await self._gather("prepare_to_push", [self._actors[0].prepare_to_push.remote(self._spec.model, cfg)])
+
+    async def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
+        """Push the ranks' weights as `version`; None if a step was in progress, which ends first and makes a newer one."""
+        return (await self._all("push", list(targets), version))[0]
+
+    async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
+        """Log-probs under the weights that the ranks hold."""
+        return merge_scores(await self._all("score", list(sequences)), sequences)
 
     async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
         batch = ray.put(list(sequences))
@@ -211,26 +233,6 @@ class TrainerGroup:
         self._version += 1
         await self._commit_if_written()  # the ranks have time to answer, and the files had time to be written
         return merge_step(outputs, sequences)
-
-    async def publish(self, version: int) -> SyncReport:
-        """Push, then compare both engines on the canary.
-
-        Raises:
-            RunError: the push failed, or the engine's log-probs are not those of the pushed weights.
-        """
-        num_bytes, time_s = (await self._all("push", version))[0]
-        trained = merge_scores(await self._all("score", self._canary), self._canary)
-        served = await self._engine.score(self._canary)
-        gap = max(
-            float(np.abs(ours.logp - theirs.logp).max()) for ours, theirs in zip(trained, served, strict=True)
-        )
-        if not gap <= self._tolerance:
-            raise RunError(
-                f"canary after the push of version {version} = {gap:.3g} nats apart: trainer and engine must agree within "
-                f"rollout.canary_tolerance = {self._tolerance:g} on the same weights; the engine serves other weights, "
-                "or computes in another precision: compare dtypes, and see docs/numerics.md"
-            )
-        return SyncReport(version=version, num_bytes=num_bytes, time_s=time_s, canary_abs_max=gap)
 
     async def save(self, version: int, state: Mapping[str, Any]) -> None:
         """Begin a checkpoint named after `version`, after the one before is on disk.
@@ -296,7 +298,7 @@ class TrainerGroup:
         if saving is not None:
             await asyncio.to_thread(checkpoint.discard, saving.directory)
 
-    async def load(self, version: int) -> None:
+    async def _load(self, version: int) -> None:
         """Continue from the checkpoint of `version`."""
         await self._all("load", checkpoint.directory_of(self._checkpoints, version))
         self._version = self.saved_version = version
@@ -393,61 +395,3 @@ def _remoteness(error: BaseException) -> int:
 def _tail(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return "\n".join(lines[-_LOG_TAIL_LINES:]) or "(empty)"
-
-
-def _start_ray(cfg: TrainerConfig) -> None:
-    """A Ray of our own on this machine, loopback only; or the running cluster that the configuration names."""
-    environment = {"OMP_NUM_THREADS": "1"} if cfg.device == "cpu" else {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    shared: dict[str, Any] = {
-        "log_to_driver": False,
-        "runtime_env": {"env_vars": environment},
-        "logging_level": logging.ERROR,
-    }
-    if cfg.ray_address != "local":
-        ray.init(address=cfg.ray_address, **shared)
-        return
-    ranks = cfg.layout.world_size
-    ray.init(
-        address="local",
-        num_cpus=ranks,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        **shared,
-    )
-
-
-async def _reserve(cfg: TrainerConfig) -> list[dict[str, Any]]:
-    """Actor options of every rank, in a placement group that holds all of them or nothing.
-
-    Raises:
-        ConfigError: a Ray of our own, which cannot grow, has too few GPUs.
-        RunError: the cluster did not have the resources within cfg.placement_timeout_s.
-    """
-    num = cfg.layout.world_size
-    bundle = {"CPU": 1.0, "GPU": 1.0} if cfg.device == "cuda" else {"CPU": 1.0}
-    present = ray.cluster_resources().get("GPU", 0)
-    if cfg.ray_address == "local" and present < bundle.get("GPU", 0) * num:
-        raise ConfigError(
-            f"trainer.layout = {num} rank(s) with one GPU each: this machine has {present:g}; make the layout smaller, "
-            "set trainer.ray_address to a cluster, or set trainer.device = 'cpu'"
-        )
-    # Rank 0 talks to the engine, which listens on the driver's loopback: the two share a node.
-    here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
-    group = placement_group([bundle | here, *[bundle] * (num - 1)], strategy="PACK")
-    await bounded(
-        asyncio.wrap_future(group.ready().future()),
-        lambda: (
-            f"placement of {num} trainer rank(s) with {bundle} each (Ray has {ray.available_resources()} free)"
-        ),
-        deadline_s=cfg.placement_timeout_s,
-        limit="trainer.placement_timeout_s",
-    )
-    return [
-        {
-            "num_cpus": 1,
-            "num_gpus": bundle.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-        }
-        for rank in range(num)
-    ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_vespo.algo.mismatch import (
     effective_sample_fraction,
@@ -14,9 +16,19 @@ from megatron_vespo.algo.mismatch import (
     sequence_nats,
     token_gap,
 )
-from megatron_vespo.types import Doubles, Experts, Floats, Rollout, Scored, StepOutput, SyncReport
+from megatron_vespo.types import (
+    Doubles,
+    Experts,
+    Floats,
+    Group,
+    Rollout,
+    Scored,
+    StepOutput,
+    SyncReport,
+)
 
 Metrics = dict[str, float | int | list[float] | list[int]]
+T = TypeVar("T", bound=np.generic)
 
 
 def step_metrics(
@@ -55,7 +67,37 @@ def step_metrics(
         **{f"time/sync_{part}_s": seconds for part, seconds in sync.time_s.items()},
         "sync/bytes": sync.num_bytes,
         "sync/canary_abs_max_nats": sync.canary_abs_max,
+        "sync/engines": sync.num_engines,
+        "sync/engines_lost": sync.num_lost,
+        **({} if sync.changed is None else {"sync/changed": int(sync.changed)}),
     }
+
+
+def filter_metrics(kept: Sequence[Group], filtered: Sequence[Group]) -> Metrics:
+    """What dropping groups without signal does to the data: how many, and how kept and dropped ones differ.
+
+    Args:
+        kept: the groups of this step's batch.
+        filtered: those that were dropped since the batch before.
+    """
+    metrics: Metrics = {
+        "filter/dropped_groups": len(filtered),
+        "filter/dropped_fraction": len(filtered) / (len(kept) + len(filtered)),
+        "filter/kept_length_mean": _length_mean(kept),
+        "filter/sampled_reward_mean": float(
+            np.mean([rollout.reward for group in [*kept, *filtered] for rollout in group.rollouts])
+        ),
+    }
+    if filtered:
+        metrics["filter/dropped_length_mean"] = _length_mean(filtered)
+        metrics["filter/dropped_reward_mean"] = float(
+            np.mean([group.rollouts[0].reward for group in filtered])
+        )
+    return metrics
+
+
+def _length_mean(groups: Sequence[Group]) -> float:
+    return float(np.mean([rollout.response.num_sampled for group in groups for rollout in group.rollouts]))
 
 
 def optimizer_metrics(output: StepOutput) -> Metrics:
@@ -86,7 +128,7 @@ def optimizer_metrics(output: StepOutput) -> Metrics:
 
 
 def _learning(rollouts: Sequence[Rollout]) -> Metrics:
-    lengths = np.array([len(r.response.token_ids) for r in rollouts])
+    lengths = np.array([r.response.num_sampled for r in rollouts])
     return {
         "reward/train_mean": float(np.mean([r.reward for r in rollouts])),
         "reward/signal_fraction": float(np.mean([r.advantage != 0 for r in rollouts])),
@@ -94,12 +136,14 @@ def _learning(rollouts: Sequence[Rollout]) -> Metrics:
         "response/truncated_fraction": float(
             np.mean([r.response.finish_reason == "length" for r in rollouts])
         ),
+        "response/turns_mean": float(np.mean([r.response.num_turns for r in rollouts])),
+        "response/resumed_fraction": float(np.mean([r.response.num_resumed > 0 for r in rollouts])),
     }
 
 
 def _staleness(version: int, rollouts: Sequence[Rollout]) -> Metrics:
-    """Of the weights before the update, `version` - 1, over tokens."""
-    staleness_S = version - 1 - np.concatenate([r.response.versions for r in rollouts])
+    """Of the weights before the update, `version` - 1, over sampled tokens."""
+    staleness_S = version - 1 - np.concatenate([_sampled(r, r.response.versions) for r in rollouts])
     return {
         "staleness/mean_steps": float(staleness_S.mean()),
         "staleness/max_steps": int(staleness_S.max()),
@@ -117,9 +161,13 @@ def _weights(rollouts: Sequence[Rollout], output: StepOutput) -> Metrics:
         "algo/log_w_max": float(log_w_B.max()),
         "algo/phi_mean": float(phi_B.mean()),
         "algo/ess_fraction": effective_sample_fraction(log_w_B),
-        "algo/entropy_nats": float(np.concatenate([_present(s.entropy) for s in output.scored]).mean()),
+        "algo/entropy_nats": float(_entropy(rollouts, output).mean()),
     }
-    masses = [s.top_k_mass for s in output.scored if s.top_k_mass is not None]
+    masses = [
+        _sampled(r, s.top_k_mass)
+        for r, s in zip(rollouts, output.scored, strict=True)
+        if s.top_k_mass is not None
+    ]
     if masses:
         metrics["algo/top_k_mass_mean"] = float(np.concatenate(masses).mean())
     if len(output.updates) > 1:
@@ -142,8 +190,9 @@ class Seen:
 
 
 def _engines(seen: Sequence[Seen]) -> Metrics:
-    trainer_B, engine_B = [s.trainer.logp for s in seen], [s.engine.logp for s in seen]
-    behavior_B = [s.then.response.behavior_logp for s in seen]
+    trainer_B = [_sampled(s.then, s.trainer.logp) for s in seen]
+    engine_B = [_sampled(s.then, s.engine.logp) for s in seen]
+    behavior_B = [_sampled(s.then, s.then.response.behavior_logp) for s in seen]
     mismatch_B = sequence_nats(trainer_B, engine_B)
     stale_B = sequence_nats(engine_B, behavior_B)
     tokens = token_gap(np.concatenate(trainer_B), np.concatenate(engine_B))
@@ -160,7 +209,8 @@ def _engines(seen: Sequence[Seen]) -> Metrics:
 def _update_nats(rollouts: Sequence[Rollout], output: StepOutput) -> Doubles:
     """[B] log pi_update - log pi_v: how far the updates before its own had moved the policy on each sequence."""
     start = sequence_nats(
-        [scored.logp for scored in output.scored], [r.response.behavior_logp for r in rollouts]
+        [_sampled(r, scored.logp) for r, scored in zip(rollouts, output.scored, strict=True)],
+        [_sampled(r, r.response.behavior_logp) for r in rollouts],
     )
     return output.log_w - start
 
@@ -187,6 +237,17 @@ def _overlap(chosen: Sequence[Experts | None], reference: Sequence[Experts | Non
     )
 
 
-def _present(values: Floats | None) -> Floats:
-    assert values is not None, "the trainer reports an entropy for every sequence"
-    return values
+def _entropy(rollouts: Sequence[Rollout], output: StepOutput) -> Floats:
+    """Of the sampled tokens of all sequences, one after the other."""
+    return np.concatenate(
+        [
+            _sampled(r, s.entropy)
+            for r, s in zip(rollouts, output.scored, strict=True)
+            if s.entropy is not None
+        ]
+    )
+
+
+def _sampled(rollout: Rollout, value_T: NDArray[T]) -> NDArray[T]:
+    """The values of the tokens that the engine sampled."""
+    return value_T if rollout.response.sampled is None else value_T[rollout.response.sampled]

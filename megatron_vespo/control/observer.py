@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from megatron_vespo.config import TrainConfig
+from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.clock import StepClock
-from megatron_vespo.control.measurements import Metrics, step_metrics
+from megatron_vespo.control.evaluation import Evaluated
+from megatron_vespo.control.measurements import Metrics, filter_metrics, step_metrics
 from megatron_vespo.control.progress import Progress
+from megatron_vespo.data.stream import EpochStream
 from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rundir import RunDirectory, rollout_rows, write_rollouts
-from megatron_vespo.types import Group, Prompt, Scored, StepOutput, SyncReport, Verifier
+from megatron_vespo.types import Group, Prompt, Scored, StepOutput, SyncReport
+
+Evaluate = Callable[[], Awaitable[Sequence[Evaluated]]]
+
+
+class Sources(NamedTuple):
+    """What is watched besides the loop's own events."""
+
+    prompts: EpochStream[Prompt]
+    failures: Callable[[], Mapping[str, int]]
+    """Of verifier and environment: totals so far, by metric."""
+    engine_metrics: Callable[[], Mapping[str, float]]
+    """Of this moment."""
+    evaluate: Evaluate | None
+    """Samples the held-out sets; None without any."""
 
 
 class Observer:
@@ -24,45 +42,97 @@ class Observer:
         run: RunDirectory,
         log: RunLog,
         view: LiveView,
-        heldout: Sequence[Prompt],
-        verifier: Verifier,
+        sources: Sources,
         start: Progress,
     ) -> None:
-        self.heldout = heldout
-        self.progress = start
-        self._cfg = cfg.loop
-        self._writes_in_background = cfg.trainer.async_save
-        self._run, self._log, self._view, self._verifier = run, log, view, verifier
-        self._failed_before = (0, 0)
+        self._cfg = cfg
+        self._stream, self._version = start.stream, start.version
+        self._run, self._log, self._view, self._sources = run, log, view, sources
+        self._failed_before: Mapping[str, int] = {}
+        self._in_training: Sequence[Group] = ()
+        self._filtered: list[Group] = []
+        self._evaluation: asyncio.Task[Sequence[Evaluated]] | None = None
         self._pending: Metrics = {}
 
-    def started(self, report: SyncReport) -> None:
-        """The engine serves the weights with which the run starts."""
-        self._view.event(
-            f"engine serves version {report.version}, confirmed: canary within {report.canary_abs_max:.1e} nats "
-            f"of the trainer, {report.num_bytes / 1e6:.1f} MB pushed"
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        return Progress(
+            stream=self._stream, version=self._version, ledger=self._sources.prompts.ledger.state()
         )
+
+    def progress_at(self, version: int) -> Progress:
+        """The progress if the trainer's weights are at `version`: of the last step, or of the batch in training, too."""
+        if version == self._version + 1:
+            self._sources.prompts.done([group.ordinal for group in self._in_training], "trained")
+            self._version += 1
+        return self.progress
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint remembers: `Progress(**state)`."""
+        return asdict(self.progress)
+
+    def started(self, report: SyncReport) -> None:
+        """The engines serve the weights with which the run starts."""
+        self._view.event(
+            f"{report.num_engines} engine(s) serve version {report.version}, confirmed: canary within "
+            f"{report.canary_abs_max:.1e} nats of the trainer, {report.num_bytes / 1e6:.1f} MB pushed"
+        )
+
+    def taken(self, groups: Sequence[Group], buffer: GroupBuffer) -> None:
+        """A batch goes to the trainer."""
+        self._in_training = groups
+        self._pending |= {
+            "loop/overtaken_groups": buffer.num_overtaken,
+            "loop/waiting_groups": buffer.num_finished,
+        }
+
+    def filtered(self, group: Group) -> None:
+        """A group without signal was dropped."""
+        self._filtered.append(group)
 
     async def step(
         self, groups: Sequence[Group], output: StepOutput, rescored: Sequence[Scored | None], sync: SyncReport
     ) -> None:
         """One optimizer step is done and its weights are served."""
-        self.progress = self.progress.after(1, len(groups))
-        version = self.progress.version
+        self._version += 1
+        self._in_training = ()
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        self._pending |= step_metrics(version, rollouts, output, rescored, sync)
-        self._pending |= self._verifier_failures()
-        rows = rollout_rows(rollouts, output, rescored, step=version)
+        self._pending |= step_metrics(self._version, rollouts, output, rescored, sync)
+        self._pending |= self._failures() | _prompt_metrics(self._sources.prompts)
+        self._pending |= self._sources.engine_metrics()
+        if self._cfg.loop.filter_groups:
+            self._pending |= filter_metrics(groups, self._filtered)
+            self._filtered = []
+        if sync.num_lost:
+            self._view.event(
+                f"version {self._version}: {sync.num_lost} engine(s) lost during the push; {sync.num_engines} serve it"
+            )
+        rows = rollout_rows(groups, output, rescored, step=self._version)
         await asyncio.to_thread(write_rollouts, self._run.rollouts, rows)
 
-    def heldout_reward(self, reward_P: Sequence[float]) -> None:
-        """A held-out evaluation of the current version ended: one mean reward per prompt."""
-        mean = sum(reward_P) / len(reward_P)
-        version = self.progress.version
-        self._view.event(f"version {version}: held-out reward {mean:.3f} ({len(reward_P)} prompts)")
-        self._pending["reward/heldout_mean"] = mean
-        if version == 0:  # there is no step to join
-            self.flush()
+    async def first_evaluation(self) -> None:
+        """Of the weights before any training; a resumed run had it."""
+        if self._sources.evaluate and self._version == 0:
+            self._evaluated(await self._sources.evaluate())
+
+    async def evaluate(self, tasks: asyncio.TaskGroup, clock: StepClock) -> None:
+        """Evaluate if it is due: now, or (evaluation.waits = false) beside the next steps, one evaluation at a time."""
+        due = self._sources.evaluate is not None and self._is_due(self._cfg.evaluation.every)
+        if self._evaluation is not None and (due or self._evaluation.done()):
+            self._evaluated(await clock.lap("eval", self._evaluation))
+            self._evaluation = None
+        if not due or self._sources.evaluate is None:
+            return
+        if self._cfg.evaluation.waits or self._version == self._cfg.loop.num_steps:
+            self._evaluated(await clock.lap("eval", self._sources.evaluate()))
+        else:
+            self._evaluation = tasks.create_task(_of(self._sources.evaluate))
+
+    def ended(self) -> None:
+        """The loop is over: an evaluation that still runs, because the run was stopped early, is given up."""
+        if self._evaluation is not None:
+            self._evaluation.cancel()
 
     def finish(self, clock: StepClock, num_tokens: int) -> None:
         """Write the step down."""
@@ -73,39 +143,52 @@ class Observer:
 
     def saved(self, seconds: float) -> None:
         """A checkpoint of the current version is on disk, or on its way; the time is written down with the next step."""
-        how = "copied, and is being written" if self._writes_in_background else "saved"
-        self._view.event(f"version {self.progress.version}: checkpoint {how} ({seconds:.1f} s)")
+        how = "copied, and is being written" if self._cfg.trainer.async_save else "saved"
+        self._view.event(f"version {self._version}: checkpoint {how} ({seconds:.1f} s)")
         self._pending["time/save_s"] = seconds
 
     def flush(self) -> None:
         """Write down what is known of the current version, if anything is."""
         if self._pending.keys() - {"time/save_s"}:
             metrics, self._pending = self._pending, {}
-            self._view.step(self._log.log(self.progress.version, metrics))
-
-    @property
-    def first_evaluation_is_due(self) -> bool:
-        return bool(self.heldout) and self.progress.version == 0
-
-    @property
-    def evaluation_is_due(self) -> bool:
-        return bool(self.heldout) and self._is_due(self._cfg.eval_every)
+            self._view.step(self._log.log(self._version, metrics))
 
     @property
     def checkpoint_is_due(self) -> bool:
-        return self._is_due(self._cfg.save_every)
-
-    def state(self) -> dict[str, str | int]:
-        """What a checkpoint remembers: `Progress(**state)`."""
-        return asdict(self.progress)
+        return self._is_due(self._cfg.loop.save_every)
 
     def _is_due(self, every: int) -> bool:
-        version = self.progress.version
-        return version == self._cfg.num_steps or (every > 0 and version % every == 0)
+        return self._version == self._cfg.loop.num_steps or (every > 0 and self._version % every == 0)
 
-    def _verifier_failures(self) -> Metrics:
-        """Responses that got reward 0 since the last step because they could not be verified."""
-        now = (self._verifier.num_timeouts, self._verifier.num_deaths)
-        timeouts, deaths = (after - before for after, before in zip(now, self._failed_before, strict=True))
+    def _evaluated(self, sets: Sequence[Evaluated]) -> None:
+        for one in sets:
+            self._pending |= one.metrics()
+            self._view.event(f"version {_versions(one)}: {one.describe()}")
+        self._pending["reward/heldout_mean"] = sum(one.avg for one in sets) / len(sets)
+        if self._version == 0:  # there is no step to join
+            self.flush()
+
+    def _failures(self) -> Metrics:
+        """Since the last step."""
+        now, before = dict(self._sources.failures()), self._failed_before
         self._failed_before = now
-        return {"verifier/timeouts": timeouts, "verifier/deaths": deaths}
+        return {metric: num - before.get(metric, 0) for metric, num in now.items()}
+
+
+def _prompt_metrics(prompts: EpochStream[Prompt]) -> Metrics:
+    ledger = prompts.ledger
+    return {
+        "prompts/epochs_complete": ledger.frontier // ledger.size,
+        "prompts/trained": ledger.count("trained"),
+        "prompts/filtered": ledger.count("filtered"),
+        "prompts/under_way": prompts.num_under_way,
+    }
+
+
+async def _of(evaluate: Evaluate) -> Sequence[Evaluated]:
+    return await evaluate()
+
+
+def _versions(one: Evaluated) -> str:
+    oldest, newest = one.versions
+    return str(newest) if oldest == newest else f"{oldest} to {newest}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vespo.config import ConfigError, SftConfig, TrainConfig, TrainerConfig, to_toml
+from megatron_vespo.data.environments import make_environment
 from megatron_vespo.data.prompts import load_demonstrations, load_prompts, load_tokenizer
 from megatron_vespo.rollout.server import command as engine_command
 from megatron_vespo.trainer.hf_config import ModelShape, read_model_shape
@@ -16,7 +18,7 @@ from megatron_vespo.trainer.hf_weights import check_weights
 from megatron_vespo.trainer.layout import check_layout, grid
 from megatron_vespo.trainer.packing import padded_length
 from megatron_vespo.trainer.reference import check_same_shape
-from megatron_vespo.types import Prompt, TrainSequence
+from megatron_vespo.types import Environment, Prompt, TrainSequence
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,9 @@ class TrainPlan:
     cfg: TrainConfig
     shape: ModelShape
     prompts: Sequence[Prompt]
-    heldout: Sequence[Prompt]
+    heldout: Mapping[str, Sequence[Prompt]]
+    """By the name of the set."""
+    environment: Environment | None
 
     @property
     def canary(self) -> list[TrainSequence]:
@@ -53,6 +57,7 @@ def plan_train(cfg: TrainConfig) -> TrainPlan:
     Raises:
         ConfigError: a file is missing or malformed, or the model cannot be divided over the layout.
     """
+    _warn_of_replayed_choices(cfg)
     longest = cfg.prompts.max_prompt_tokens + cfg.sampling.max_response_tokens
     field = "prompts.max_prompt_tokens + sampling.max_response_tokens"
     shape = _checked_shape(cfg.model, cfg.trainer, longest, field)
@@ -64,13 +69,23 @@ def plan_train(cfg: TrainConfig) -> TrainPlan:
         check_weights(reference, shape)
     tokenizer = load_tokenizer(cfg.model)
     prompts = load_prompts(cfg.prompts.train, tokenizer, cfg.prompts)
-    heldout = load_prompts(cfg.prompts.heldout, tokenizer, cfg.prompts) if cfg.prompts.heldout else []
+    heldout = {name: load_prompts(path, tokenizer, cfg.prompts) for name, path in cfg.evaluation.sets.items()}
+    environment = make_environment(cfg.environment, tokenizer)
     if all(len(prompt.token_ids) < 2 for prompt in prompts):
         raise ConfigError(
             f"prompts.train = '{cfg.prompts.train}': every prompt has one token, but weight pushes are confirmed on "
             "prompts of at least two; give longer ones"
         )
-    return TrainPlan(cfg=cfg, shape=shape, prompts=prompts, heldout=heldout)
+    return TrainPlan(cfg=cfg, shape=shape, prompts=prompts, heldout=heldout, environment=environment)
+
+
+def _warn_of_replayed_choices(cfg: TrainConfig) -> None:
+    if cfg.trainer.router_replay == "engine" and cfg.rollout.partial_rollouts == "retract":
+        logger.warning(
+            "rollout.partial_rollouts = 'retract': a response that a weight push interrupts carries the expert choices of the "
+            "engine's second pass over its beginning, which trainer.router_replay = 'engine' then repeats; 'abort' keeps those "
+            "of the first pass"
+        )
 
 
 def plan_sft(cfg: SftConfig) -> Sequence[TrainSequence]:
@@ -87,15 +102,15 @@ def describe_train(cfg: TrainConfig) -> str:
     """What `train` would do, in words: resolved configuration, rank grid, process plan."""
     plan = plan_train(cfg)
     loop = cfg.loop
-    in_flight = (loop.max_staleness + 1) * loop.prompts_per_step
+    in_flight = math.ceil(loop.oversampling * (loop.max_staleness + 1) * loop.prompts_per_step)
     processes = [
         _ranks_line(cfg.trainer),
-        "1 SGLang server, loopback only, on a free port:",
-        f"  {_shell_line(cfg)}",
-        f"{cfg.reward.num_processes} verifier process(es), killed after {cfg.reward.timeout_s:g} s on one response",
+        *_engine_lines(cfg),
+        f"verifier {cfg.reward.verifier}: {cfg.reward.num_processes} at a time, each ended after {cfg.reward.timeout_s:g} s",
     ]
+    heldout = ", ".join(f"{name} {len(prompts)}" for name, prompts in plan.heldout.items()) or "none"
     work = [
-        f"{len(plan.prompts)} train prompts, {len(plan.heldout)} held-out prompts",
+        f"{len(plan.prompts)} train prompts; held-out prompts: {heldout}",
         f"{loop.num_steps} steps of {loop.prompts_per_step} prompts x {loop.group_size} responses, "
         f"at most {in_flight} prompts in flight (staleness <= {loop.max_staleness})",
     ]
@@ -144,6 +159,17 @@ def _checked_shape(model: Path, cfg: TrainerConfig, longest: int, field: str) ->
             f"{padded} padded tokens ({field} = {longest}), because sequences are never split; raise it"
         )
     return shape
+
+
+def _engine_lines(cfg: TrainConfig) -> list[str]:
+    rollout = cfg.rollout
+    lines = [f"SGLang server of somebody else: {url}" for url in rollout.external]
+    if not rollout.engines:
+        return lines
+    where = "one machine, loopback only" if cfg.trainer.ray_address == "local" else "anywhere in the cluster"
+    gpus = f", {rollout.resolved_gpus_per_engine} GPU(s) each" if rollout.device == "cuda" else ""
+    kind = f"{rollout.engines} SGLang server(s) as Ray actors ({rollout.placement}{gpus}; {where}), on free ports:"
+    return [kind, f"  {_shell_line(cfg)}", *lines]
 
 
 def _shell_line(cfg: TrainConfig) -> str:

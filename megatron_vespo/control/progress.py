@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_vespo.config import ConfigError
+from megatron_vespo.data.stream import Ledger
 from megatron_vespo.trainer.checkpoint import Found, found, read_state
 from megatron_vespo.types import RunError
 
@@ -27,11 +28,13 @@ class Progress:
     """Names what is consumed and in which order (`name_of_stream`); a resume must consume the same."""
     version: int = 0
     """Batches trained on."""
-    consumed: int = 0
-    """Items of the stream (prompts, demonstrations) trained on; what was in flight is sampled again."""
+    ledger: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Which items of the stream are done (`data.stream.Ledger`); what was in flight is sampled again."""
 
-    def after(self, num_steps: int, num_items: int) -> Progress:
-        return replace(self, version=self.version + num_steps, consumed=self.consumed + num_items)
+
+def ledger_of(start: Progress, num_items: int) -> Ledger:
+    """Of the stream, where the run starts."""
+    return Ledger.from_state(start.ledger) if start.ledger else Ledger(num_items)
 
 
 def name_of_stream(command: str, seed: int, shuffle: bool, uids: Iterable[str]) -> str:
@@ -54,7 +57,13 @@ def start_of(run_dir: Path, stream: str, *, resume: Resume | None) -> Progress:
     checkpoint = None if resume is None else _chosen(run_dir / "checkpoints", resume)
     if checkpoint is None:
         return Progress(stream=stream)
-    progress = Progress(**read_state(checkpoint)[1])
+    state = read_state(checkpoint)[1]
+    if state.keys() != {field.name for field in fields(Progress)}:
+        raise ConfigError(
+            f"resume from '{checkpoint}': was written by another version of this program, which remembered "
+            f"{', '.join(state)}; resume it with that, or start a new run from its final/ or from the model"
+        )
+    progress = Progress(**state)
     if progress.stream != stream:
         raise ConfigError(
             f"resume from '{checkpoint}': it consumed [{progress.stream}], this run would consume [{stream}], so items "
@@ -100,12 +109,16 @@ async def keep(trainer: TrainerGroup, progress: Progress) -> None:
 
 
 async def rescue(
-    trainer: TrainerGroup, progress: Progress, items_per_step: int, tell: Callable[[str], None]
+    trainer: TrainerGroup, version: int, progress_at: Callable[[int], Progress], tell: Callable[[str], None]
 ) -> None:
     """After a failure: save every step that is in the weights, if the ranks still can; raises nothing.
 
     The driver may have been torn away in the middle of a step that the ranks completed: their count of steps is
     the truth, and the checkpoint says which items they have seen.
+
+    Args:
+        version: the steps that the driver has seen end.
+        progress_at: the progress at that version, or with the step in progress.
     """
     try:
         versions, before = set(await trainer.versions()), trainer.saved_version
@@ -115,8 +128,13 @@ async def rescue(
                 f"steps after {trainer.saved_version} are not saved: ranks are at versions {sorted(versions)}"
             )
             return
-        extra = versions.pop() - progress.version
-        await keep(trainer, progress.after(extra, extra * items_per_step))
+        (reached,) = versions
+        if reached - version not in (0, 1):
+            tell(
+                f"steps after {trainer.saved_version} are not saved: ranks are at version {reached}, the driver at {version}"
+            )
+            return
+        await keep(trainer, progress_at(reached))
         if trainer.saved_version > before:
             tell(f"saved after the failure: checkpoint of version {trainer.saved_version}")
     except (RunError, OSError) as err:

@@ -1,66 +1,27 @@
-"""Prompt and demonstration files, read with the model's chat template into token ids.
+"""Prompts and demonstrations: rows, read with the model's chat template into token ids.
 
-Files are parquet or jsonl, one row a prompt (the DAPO-Math layout) or one row a demonstration (a column
-`messages`).  What a row lacks is found here, before any process starts.  `EpochStream` deals the rows out
-in an endless order that a resumed run continues where it stopped.
+What a row lacks is found here, before any process starts.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import jinja2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_vespo.config import ConfigError, PromptsConfig, SftDataConfig
+from megatron_vespo.data.rows import Row, read_rows, short
 from megatron_vespo.types import Ints, Prompt, TrainSequence
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
+TOKENIZER_BATCH = 1024
 ROLES = ("system", "user", "assistant", "tool")
-
-
-class EpochStream(Generic[T], Iterator[T]):
-    """The items again and again: every item exactly once per epoch, each epoch in its own seeded order.
-
-    The order is a function of (seed, epoch) alone, so `EpochStream(items, seed, shuffle, start=n)` continues
-    a stream from which n items were taken.
-    """
-
-    def __init__(self, items: Sequence[T], seed: int, shuffle: bool, start: int = 0) -> None:
-        if not items:
-            raise ConfigError("items = []: expected at least one to stream; give a file with rows")
-        self._items = items
-        self._seed = seed
-        self._shuffle = shuffle
-        self._epoch, self._order = -1, np.arange(len(items))
-        self.position = start
-        """Items taken since the beginning of the first epoch."""
-
-    def __next__(self) -> T:
-        epoch, offset = divmod(self.position, len(self._items))
-        if self._shuffle and epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng([self._seed, epoch]).permutation(len(self._items)),
-            )
-        self.position += 1
-        return self._items[self._order[offset]]
-
-    def take(self, num: int) -> list[T]:
-        """The next `num` items, across the end of an epoch if need be."""
-        return [next(self) for _ in range(num)]
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -95,16 +56,18 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> list[Prompt]:
-    """Every prompt of the file, up to where the assistant's turn begins, in the order of the file.
+    """Every prompt of a file or dataset, up to where the assistant's turn begins, in the order of its rows.
 
     Raises:
-        ConfigError: the file cannot be read, a row is not a prompt with an answer and a uid of its own, or
+        ConfigError: it cannot be read, a row is not a prompt with an answer and a uid of its own, or
             (with on_long_prompt = "error") a prompt has more than max_prompt_tokens tokens.
     """
-    rows = _read_rows(path, required=("prompt", "reward_model", "extra_info"))
-    answers = [_answer(row) for row in rows]
-    uids = _uids(rows)
-    texts = [_render(tokenizer, row, _messages(row, "prompt", last=("user", "tool")), True) for row in rows]
+    settings = ("prompt_column", "answer_column", "uid_column")
+    columns = {column: f"prompts.{name}" for name in settings if (column := getattr(cfg, name))}
+    rows = read_rows(path, columns, cfg.split)
+    answers = [_answer(row, cfg.answer_column) for row in rows]
+    uids = _uids(rows, cfg.uid_column)
+    texts = [_render(tokenizer, row, _prompt(row, cfg.prompt_column), True) for row in rows]
     prompts = [
         Prompt(uid=uid, token_ids=ids, text=text, answer=answer)
         for uid, ids, text, answer in zip(uids, _tokenize(tokenizer, texts), texts, answers, strict=True)
@@ -132,7 +95,7 @@ def _drop_long(prompts: list[Prompt], path: Path, cfg: PromptsConfig) -> list[Pr
 def load_demonstrations(
     path: Path, tokenizer: PreTrainedTokenizerBase, cfg: SftDataConfig
 ) -> list[TrainSequence]:
-    """Every demonstration of the file: the conversation up to the last turn, then that turn to be learned.
+    """Every demonstration of a file or dataset: the conversation up to the last turn, then that turn to be learned.
 
     A sequence ends with the end-of-turn token, at which the engine stops too: what a chat template writes
     after it (Qwen's writes a line break) is left out, because it would never be sampled.
@@ -141,8 +104,8 @@ def load_demonstrations(
         ConfigError: the file cannot be read, a row is no conversation that ends with an assistant's turn, the
             chat template renders the turn in a way that cannot be learned, or a row is longer than max_tokens.
     """
-    rows = _read_rows(path, required=("messages",))
-    chats = [_messages(row, "messages", last=("assistant",)) for row in rows]
+    rows = read_rows(path, {"messages": ""})
+    chats = [_messages(row, "messages", row.get("messages"), last=("assistant",)) for row in rows]
     fronts = [_render(tokenizer, row, chat[:-1], True) for row, chat in zip(rows, chats, strict=True)]
     wholes = [_render(tokenizer, row, chat, False) for row, chat in zip(rows, chats, strict=True)]
     sequences = [
@@ -161,7 +124,7 @@ def load_demonstrations(
     return sequences
 
 
-def _demonstration(row: _Row, tokenizer: PreTrainedTokenizerBase, front: Ints, whole: Ints) -> TrainSequence:
+def _demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, front: Ints, whole: Ints) -> TrainSequence:
     if not np.array_equal(whole[: len(front)], front):
         raise ConfigError(
             f"{row.where}: the chat template renders the conversation without its last turn as no prefix of the "
@@ -186,88 +149,31 @@ def _demonstration(row: _Row, tokenizer: PreTrainedTokenizerBase, front: Ints, w
     return TrainSequence(uid=row.where, token_ids=whole[:size], num_prompt_tokens=len(front))
 
 
-@dataclass(frozen=True)
-class _Row:
-    where: str
-    """File name and row (from 0) or line (from 1), for error messages."""
-    fields: Mapping[str, Any]
+def _prompt(row: Row, column: str) -> list[dict[str, Any]]:
+    """The chat that asks; a bare text is what the user says."""
+    asked = row.get(column)
+    if isinstance(asked, str):
+        asked = [{"role": "user", "content": asked}]
+    return _messages(row, column, asked, last=("user", "tool"))
 
 
-def _read_rows(path: Path, required: Sequence[str]) -> list[_Row]:
-    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl}
-    if path.suffix not in readers:
-        raise ConfigError(f"file = '{path}': expected a name that ends in {' or '.join(readers)}; convert it")
-    if not path.is_file():
-        raise ConfigError(f"file = '{path}': no such file; give the path of a parquet or jsonl file")
-    rows = readers[path.suffix](path)
-    if not rows:
-        raise ConfigError(f"file = '{path}': expected at least one row, found none; give a file with rows")
-    for row in rows:
-        for column in required:
-            _field(row, row.fields, column)
-    return rows
-
-
-def _read_parquet(path: Path) -> list[_Row]:
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as err:
-        raise ConfigError(f"file = '{path}': expected parquet, but {err}; write it again") from err
-    return [_Row(f"{path.name} row {i}", fields) for i, fields in enumerate(table.to_pylist())]
-
-
-def _read_jsonl(path: Path) -> list[_Row]:
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as err:  # no JSON, or no UTF-8
-            raise ConfigError(
-                f"file = '{path}', line {number}: expected one JSON object, but {err}; mend it"
-            ) from None
-        if not isinstance(fields, dict):
-            raise ConfigError(
-                f"file = '{path}', line {number}: expected one JSON object, not {line[:40]!r}; mend it"
-            )
-        rows.append(_Row(f"{path.name} line {number}", fields))
-    return rows
-
-
-def _field(row: _Row, holder: Any, name: str, parent: str = "") -> Any:
-    """holder[name], or an error that names what is there instead."""
-    dotted = f"{parent}.{name}" if parent else name
-    if not isinstance(holder, Mapping):
-        raise ConfigError(
-            f"{row.where}: '{parent}' = {_short(holder)}: expected a table with '{name}'; add it"
-        )
-    if holder.get(name) is not None:
-        return holder[name]
-    present = [key for key, value in holder.items() if value is not None]
-    near = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
-    hint = f"rename '{near[0]}'" if near else "add it"
-    raise ConfigError(f"{row.where}: missing '{dotted}', found {', '.join(present) or 'nothing'}; {hint}")
-
-
-def _messages(row: _Row, column: str, last: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The chat in `column`, which must end with a turn of one of the roles `last`."""
-    chat = row.fields[column]
+def _messages(row: Row, column: str, chat: Any, last: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The chat found in `column`, which must end with a turn of one of the roles `last`."""
     if not isinstance(chat, list) or not all(isinstance(message, Mapping) for message in chat):
         raise ConfigError(
-            f"{row.where}: '{column}' = {_short(chat)}: expected a list of {{role, content}}; convert it"
+            f"{row.where}: '{column}' = {short(chat)}: expected a list of {{role, content}}; convert it"
         )
     if not chat:
         raise ConfigError(f"{row.where}: '{column}' = []: expected at least one message; remove the row")
     for i, message in enumerate(chat):
-        role, content = (_field(row, message, key, f"{column}[{i}]") for key in ("role", "content"))
+        role, content = (Row(f"{row.where}: {column}[{i}]", message).get(key) for key in ("role", "content"))
         if role not in ROLES:
             raise ConfigError(
                 f"{row.where}: '{column}[{i}].role' = {role!r}: expected one of {ROLES}; rename it"
             )
         if not isinstance(content, str) or not content.strip():
             raise ConfigError(
-                f"{row.where}: '{column}[{i}].content' = {_short(content)}: expected a text; fill it"
+                f"{row.where}: '{column}[{i}].content' = {short(content)}: expected a text; fill it"
             )
     if chat[-1]["role"] not in last:
         raise ConfigError(
@@ -277,31 +183,34 @@ def _messages(row: _Row, column: str, last: tuple[str, ...]) -> list[dict[str, A
     return [{key: value for key, value in message.items() if value is not None} for message in chat]
 
 
-def _answer(row: _Row) -> str:
-    answer = _field(row, row.fields["reward_model"], "ground_truth", "reward_model")
-    if isinstance(answer, bool) or not isinstance(answer, str | int) or not str(answer).strip():
+def _answer(row: Row, column: str) -> str:
+    answer = row.get(column)
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
         raise ConfigError(
-            f"{row.where}: 'reward_model.ground_truth' = {_short(answer)}: expected the answer as a text, "
-            "without one no response can be verified; fill it, or remove the row"
+            f"{row.where}: '{column}' = {short(answer)}: expected the answer as a text, without one no response can be "
+            "verified; fill it, or remove the row"
         )
     return str(answer)
 
 
-def _uids(rows: Sequence[_Row]) -> list[str]:
+def _uids(rows: Sequence[Row], column: str) -> list[str]:
+    if not column:
+        return [str(i) for i in range(len(rows))]
     first: dict[str, str] = {}
     for row in rows:
-        uid = str(_field(row, row.fields["extra_info"], "index", "extra_info"))
+        uid = str(row.get(column))
         if uid in first:
             raise ConfigError(
                 f"uid '{uid}': {first[uid]} and {row.where} both have it, expected one row each, because a prompt is "
-                "trained once per epoch; keep one of them (some published files repeat every row)"
+                "trained once per epoch; keep one of them (some published files repeat every row), or number the rows "
+                "with prompts.uid_column = ''"
             )
         first[uid] = row.where
     return list(first)
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, row: _Row, messages: list[dict[str, Any]], add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[dict[str, Any]], add_generation_prompt: bool
 ) -> str:
     try:
         text = tokenizer.apply_chat_template(
@@ -315,10 +224,12 @@ def _render(
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ints]:
-    # The template has written every special token: the tokenizer must add none of its own.
-    return [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    """Token ids of rendered chats, in batches: the tokenizer's own records of a batch take many times the ids."""
+    sequences = []
+    for start in range(0, len(texts), TOKENIZER_BATCH):
+        # The template has written every special token: the tokenizer must add none of its own.
+        batch = tokenizer(
+            texts[start : start + TOKENIZER_BATCH], add_special_tokens=False, return_attention_mask=False
+        )
+        sequences += [np.asarray(ids, np.int32) for ids in batch["input_ids"]]
+    return sequences

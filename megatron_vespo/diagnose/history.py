@@ -21,8 +21,8 @@ from megatron_vespo.types import Doubles, Ints
 
 _READ_BYTES = 2**30
 """Of the compressed rollout files of a long run; beyond it every second, third, ... file is read."""
-_SCALARS = ("step", "train_version", "advantage", "reward", "log_w", "coefficient")
-_TOKENS = ("versions", "behavior_logp", "policy_logp", "engine_logp")
+_SCALARS = ("step", "train_version", "ordinal", "sample", "advantage", "reward", "log_w", "coefficient")
+_TOKENS = ("versions", "sampled", "behavior_logp", "policy_logp", "engine_logp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,16 @@ class SequenceTable:
     plus what the updates before its own had moved the policy, where a batch has several."""
 
     step: Ints
+    ordinal: Ints
+    """Place of the prompt in the prompt stream."""
+    sample: Ints
+    """Within its group."""
     advantage: Doubles
     reward: Doubles
     log_w: Doubles
     coefficient: Doubles
-    num_tokens: Ints
     staleness: Doubles
-    """Mean over the response's tokens, steps."""
+    """Mean over the tokens that the engine sampled, steps."""
     engine_nats: Doubles
     """sum(policy - engine) under the same weights; nan where not re-scored."""
     stale_nats: Doubles
@@ -150,26 +153,34 @@ def _read_sequences(files: list[Path]) -> SequenceTable:
 
 def _summarize(table: pa.Table) -> dict[str, Any]:
     columns = {name: table[name].to_numpy() for name in _SCALARS if name != "train_version"}
-    num_tokens = table["versions"].combine_chunks().value_lengths().to_numpy()
-    staleness = table["train_version"].to_numpy() - _sums(table["versions"]) / num_tokens
+    num_tokens = _sums(table, None)
+    staleness = table["train_version"].to_numpy() - _sums(table, "versions") / num_tokens
     rescored = table["engine_logp"].is_valid()
     some = table.filter(rescored)
     engine_nats, stale_nats = np.full((2, len(table)), np.nan)
-    engine_nats[rescored.to_numpy()] = _sums(some["policy_logp"]) - _sums(some["engine_logp"])
-    stale_nats[rescored.to_numpy()] = _sums(some["engine_logp"]) - _sums(some["behavior_logp"])
+    engine_nats[rescored.to_numpy()] = _sums(some, "policy_logp") - _sums(some, "engine_logp")
+    stale_nats[rescored.to_numpy()] = _sums(some, "engine_logp") - _sums(some, "behavior_logp")
     return {
         **columns,
-        "num_tokens": num_tokens,
         "staleness": staleness,
         "engine_nats": engine_nats,
         "stale_nats": stale_nats,
     }
 
 
-def _sums(column: pa.ChunkedArray) -> Doubles:
-    """The float64 sum of each row's list."""
-    lists = column.combine_chunks()
-    lengths = lists.value_lengths().to_numpy()
-    running = np.concatenate([[0.0], np.cumsum(lists.flatten().to_numpy(), dtype=np.float64)])
+def _sums(table: pa.Table, column: str | None) -> Doubles:
+    """The float64 sum of each row's list over the tokens that the engine sampled; of ones without a column."""
+    lengths = table["versions"].combine_chunks().value_lengths().to_numpy()
     ends = np.cumsum(lengths)
+    values = np.ones(int(lengths.sum())) if column is None else _flat(table, column).astype(np.float64)
+    given = table["sampled"].is_valid().to_numpy()
+    if given.any():  # a row without the list has sampled all of its tokens
+        sampled = np.ones(len(values), bool)
+        sampled[np.repeat(given, lengths)] = _flat(table, "sampled")
+        values = np.where(sampled, values, 0.0)
+    running = np.concatenate([[0.0], np.cumsum(values)])
     return running[ends] - running[ends - lengths]
+
+
+def _flat(table: pa.Table, column: str) -> np.ndarray:
+    return table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)

@@ -66,6 +66,21 @@ def _staleness(history: History) -> Verdict | None:
     )
 
 
+def _ledger(history: History) -> Verdict | None:
+    table = history.sequences
+    if table is None:
+        return None
+    visits = np.unique(np.stack([table.ordinal, table.sample]), axis=1).shape[1]
+    twice = len(table.ordinal) - visits
+    if twice:
+        return Verdict(
+            "bad",
+            f"{twice} responses were trained on twice: the same visit to a prompt stands in two rollout rows",
+        )
+    groups = len(np.unique(table.ordinal))
+    return Verdict("good", f"no group was trained on twice: {groups} visits to prompts, each in one step")
+
+
 def _phi(history: History) -> Verdict | None:
     _, phi = history.series("algo/phi_mean")
     if not len(phi):
@@ -231,6 +246,6 @@ def _late(values: np.ndarray) -> float:
 _Question = Callable[[History], Verdict | None]
 _SFT_QUESTIONS: tuple[_Question, ...] = (_end, _loss, _gradient)
 _RL_QUESTIONS: tuple[_Question, ...] = (
-    _end, _learning, _staleness, _phi, _sign_balance, _mismatch, _mismatch_trend, _nats_budget, _experts,
+    _end, _learning, _staleness, _ledger, _phi, _sign_balance, _mismatch, _mismatch_trend, _nats_budget, _experts,
     _signal, _truncation, _gradient, _waiting, _timeouts,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One SGLang server: a process of its own, started, watched and ended here.
+"""The processes behind engines: one SGLang server started, watched and ended here, or one that somebody else runs.
 
 The server is stock.  With device = "cpu" the folder `sglang_cpu/` on its PYTHONPATH adds a plain-PyTorch platform.
 """
@@ -17,9 +17,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import aiohttp
 
@@ -38,11 +39,14 @@ CONTEXT_SLACK = 8
 REPORT_EVERY_S = 30.0
 TAIL_LINES = 20
 TERMINATE_WITHIN_S = 10.0
+USAGE_ERROR = "exited with status 2"
+"""So ends a program that refuses its command line: here, an option in rollout.sglang."""
 
 
 OWNED = {
     "model-path": "set model",
-    "host": f"the server listens on {HOST} only",
+    "host": "it is an address of the engine's machine",
+    "base-gpu-id": "an engine sees only the GPUs that it was given",
     "port": "set rollout.port",
     "device": "set rollout.device",
     "dtype": "set rollout.dtype",
@@ -55,6 +59,34 @@ OWNED = {
 """Options that rollout.sglang may not override, and what to do instead."""
 
 
+class EngineProcess(Protocol):
+    """What runs one engine, wherever that is."""
+
+    name: str
+    """In every message: "engine 3"."""
+
+    async def start(self) -> str:
+        """Start it, and return its url once it answers.
+
+        Raises:
+            ConfigError: a person has to mend something first.
+            RunError: it died, or did not answer in time; nothing is left running.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """End it.  Safe to call twice.
+
+        Raises:
+            RunError: it cannot be ended.
+        """
+        ...
+
+    async def death_report(self) -> str | None:
+        """None while it lives; else how it died, as what follows "its process"."""
+        ...
+
+
 class Command(NamedTuple):
     """How the server is started."""
 
@@ -63,10 +95,21 @@ class Command(NamedTuple):
     """Added to our own environment."""
 
 
-def command(cfg: RolloutConfig, model: Path, port: int, *, version: int = 0, seed: int = 0) -> Command:
+def command(
+    cfg: RolloutConfig,
+    model: Path,
+    port: int,
+    *,
+    host: str = HOST,
+    gpus: Sequence[int] | None = None,
+    version: int = 0,
+    seed: int = 0,
+) -> Command:
     """The server's command line and the environment it adds; starts nothing.
 
     Args:
+        host: address to listen on.
+        gpus: the devices that it may use, by CUDA's numbers; None: those of our environment.
         version: weight version that the weights in `model` are.
 
     Raises:
@@ -81,7 +124,7 @@ def command(cfg: RolloutConfig, model: Path, port: int, *, version: int = 0, see
         )
     options: dict[str, Any] = {
         "model-path": str(model.resolve()),
-        "host": HOST,
+        "host": host,
         "port": port,
         "device": cfg.device,
         "dtype": cfg.dtype,
@@ -93,11 +136,14 @@ def command(cfg: RolloutConfig, model: Path, port: int, *, version: int = 0, see
         "weight-version": version,
         "random-seed": seed,
         "log-level-http": "warning",
+        "schedule-policy": "lpm",  # the responses of a prompt come together: its prefix is computed once
     }
     env = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # for CONTEXT_SLACK alone
     if cfg.device == "cpu":
         options |= _cpu_options(cfg)
         env |= _cpu_env(cfg)
+    if gpus is not None:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     options |= _verbatim_options(cfg)
     argv = [_interpreter(cfg), "-m", "sglang.launch_server"]
     return Command((*argv, *(word for option in options.items() for word in _words(*option))), env)
@@ -115,6 +161,7 @@ def free_port(host: str = HOST) -> int:
     )
 
 
+@dataclass(eq=False)
 class Server:
     """A running SGLang server; `async with Server(...)` starts it and ends it with all its children.
 
@@ -122,55 +169,47 @@ class Server:
     Start it from a thread that lives as long as the server is wanted.
     """
 
-    def __init__(
-        self,
-        cfg: RolloutConfig,
-        model: Path,
-        log: Path,
-        *,
-        version: int = 0,
-        seed: int = 0,
-        progress: Callable[[str], None] = logger.info,
-    ) -> None:
-        """Prepare, start nothing.
-
-        Args:
-            log: file to which the server's output is appended.
-            version: weight version that the weights in `model` are.
-            progress: told every 30 s what is being waited for.
-        """
-        self.model = model
-        self.log = log
-        self._cfg = cfg
-        self._version = version
-        self._seed = seed
-        self._progress = progress
-        self._port = 0
-        self._log_start = 0
-        self._process: subprocess.Popen[bytes] | None = None
+    cfg: RolloutConfig
+    model: Path
+    log: Path
+    """File to which the server's output is appended."""
+    name: str = field(default="engine 0", kw_only=True)
+    """Names it in messages."""
+    host: str = field(default=HOST, kw_only=True)
+    """Address of this machine on which it listens."""
+    gpus: Sequence[int] | None = field(default=None, kw_only=True)
+    """The devices that it may use, by CUDA's numbers; None: those of our environment."""
+    version: int = field(default=0, kw_only=True)
+    """Weight version that the weights in `model` are."""
+    seed: int = field(default=0, kw_only=True)
+    progress: Callable[[str], None] = field(default=logger.info, kw_only=True)
+    """Told every 30 s what is being waited for."""
+    _port: int = field(default=0, init=False)
+    _log_start: int = field(default=0, init=False)
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
     def url(self) -> str:
-        return f"http://{HOST}:{self._port}"
+        return f"http://{self.host}:{self._port}"
 
     @property
     def pid(self) -> int | None:
         """Process id, which is also the id of the process group; None before the start."""
         return self._process.pid if self._process else None
 
-    async def start(self) -> None:
-        """Start the process and wait until it answers.
+    async def start(self) -> str:
+        """Start the process, wait until it answers, and return its url.
 
         Raises:
             ConfigError: what it needs is missing, or the port is taken.
             RunError: it died (with the end of its log) or missed `start_timeout_s`; nothing is left running.
         """
-        self._port = self._cfg.port or free_port()
-        if not _is_free(HOST, self._port):
+        self._port = self.cfg.port or free_port(self.host)
+        if not _is_free(self.host, self._port):
             raise ConfigError(
-                f"rollout.port = {self._port}: in use on {HOST}; leave it out to get a free one"
+                f"rollout.port = {self._port}: in use on {self.host}; leave it out to get a free one"
             )
-        argv, env = command(self._cfg, self.model, self._port, version=self._version, seed=self._seed)
+        argv, env = await asyncio.to_thread(self._command)
         environment = _environment(env)
         sglang = await asyncio.to_thread(sglang_version, argv[0], environment)
         if sglang < (0, 5, 23) and "--disable-radix-cache" not in argv:
@@ -183,6 +222,7 @@ class Server:
         except BaseException:
             await self.stop()
             raise
+        return self.url
 
     async def stop(self) -> None:
         """End the server's whole process group: SIGTERM, 10 s, SIGKILL.  Safe to call twice.
@@ -193,10 +233,10 @@ class Server:
         if self._process is None:
             return
         for sig in (signal.SIGTERM, signal.SIGKILL):
-            for pid in _living_members(self._process.pid):
+            for pid in await asyncio.to_thread(_living_members, self._process.pid):
                 _signal(pid, sig)
             deadline = time.monotonic() + TERMINATE_WITHIN_S
-            while _living_members(self._process.pid):
+            while await asyncio.to_thread(_living_members, self._process.pid):
                 if time.monotonic() > deadline:
                     break
                 await asyncio.sleep(0.05)
@@ -204,11 +244,11 @@ class Server:
                 self._process.wait()
                 return
         raise RunError(
-            f"server at {self.url} = pids {_living_members(self._process.pid)}: survived SIGKILL for "
+            f"{self.name} at {self.url} = pids {_living_members(self._process.pid)}: survived SIGKILL for "
             f"{TERMINATE_WITHIN_S:.0f} s; look for a stuck device driver"
         )
 
-    def death_report(self) -> str | None:
+    async def death_report(self) -> str | None:
         """None while the process lives; else its exit status and the end of its log."""
         if self._process is None:
             return "was never started"
@@ -227,6 +267,17 @@ class Server:
     async def __aexit__(self, *exc: object) -> None:
         await self.stop()
 
+    def _command(self) -> Command:
+        return command(
+            self.cfg,
+            self.model,
+            self._port,
+            host=self.host,
+            gpus=self.gpus,
+            version=self.version,
+            seed=self.seed,
+        )
+
     def _spawn(self, argv: tuple[str, ...], environment: dict[str, str]) -> None:
         with self.log.open("ab") as log:
             self._log_start = log.tell()
@@ -243,25 +294,26 @@ class Server:
         began = reported = time.monotonic()
         timeout = aiohttp.ClientTimeout(total=30)
         async with aiohttp.ClientSession(timeout=timeout) as session:
-            while not await _answers(session, f"{self.url}/health"):
-                if report := self.death_report():
-                    raise RunError(f"SGLang server at {self.url}: died while it started, {report}")
+            while await _body(session, f"{self.url}/health") is None:
+                if report := await self.death_report():
+                    error = ConfigError if report.startswith(USAGE_ERROR) else RunError
+                    raise error(f"{self.name} at {self.url}: died while it started, {report}")
                 waited = time.monotonic() - began
-                if waited > self._cfg.start_timeout_s:
+                if waited > self.cfg.start_timeout_s:
                     raise RunError(
-                        f"SGLang server at {self.url} = not ready: waited {waited:.0f} s for /health; raise "
+                        f"{self.name} at {self.url} = not ready: waited {waited:.0f} s for /health; raise "
                         f"rollout.start_timeout_s, or see the end of {self.log}:\n{self._log_tail()}"
                     )
                 if time.monotonic() - reported >= REPORT_EVERY_S:
                     reported = time.monotonic()
                     last = (self._log_tail().splitlines() or ["(nothing yet)"])[-1]
-                    self._progress(
-                        f"waited {waited:.0f} s for the SGLang server at {self.url}; its last line: {last}"
+                    self.progress(
+                        f"waited {waited:.0f} s for {self.name} at {self.url}; its last line: {last}"
                     )
                 await asyncio.sleep(0.25)
-            async with session.get(f"{self.url}/model_info") as answer:
-                served = (await answer.json())["model_path"]
+            body = await _body(session, f"{self.url}/model_info")
         # Between our check of the port and its start another server may have come to listen there.
+        served = json.loads(body or b"{}").get("model_path")
         if served != str(self.model.resolve()):
             raise RunError(
                 f"{self.url} = a server of '{served}': expected '{self.model}'; the port is taken, start again"
@@ -272,6 +324,41 @@ class Server:
             end = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, end - 8192))
             return "\n".join(log.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
+
+
+class External:
+    """A server that somebody else started and ends: waited for, and used."""
+
+    def __init__(self, name: str, url: str, start_timeout_s: float) -> None:
+        """`url`: http://host:port."""
+        self.name = name
+        self._url = url
+        self._start_timeout_s = start_timeout_s
+
+    async def start(self) -> str:
+        """Wait until it answers, and return its url.
+
+        Raises:
+            RunError: it does not within `start_timeout_s`.
+        """
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
+            try:
+                async with asyncio.timeout(self._start_timeout_s):
+                    while await _body(session, f"{self._url}/health") is None:
+                        await asyncio.sleep(0.5)
+            except TimeoutError:
+                raise RunError(
+                    f"{self.name} at {self._url} = no answer: waited {self._start_timeout_s:.0f} s "
+                    "(rollout.start_timeout_s) for /health; start it, or take it out of rollout.external"
+                ) from None
+        return self._url
+
+    async def stop(self) -> None:
+        """Nothing: it is not ours to end."""
+
+    async def death_report(self) -> str | None:
+        """None: whether it lives is only seen in its answers."""
+        return None
 
 
 def sglang_version(python: str, environment: Mapping[str, str]) -> tuple[int, ...]:
@@ -371,12 +458,14 @@ def _is_free(host: str, port: int) -> bool:
     return True
 
 
-async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
+async def _body(session: aiohttp.ClientSession, url: str) -> bytes | None:
+    """What a GET answers with 200; None where it does anything else."""
     try:
         async with session.get(url) as answer:
-            return answer.status == 200
-    except (aiohttp.ClientError, TimeoutError):
-        return False
+            body = await answer.read()
+            return body if answer.status == 200 else None
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return None
 
 
 def _living_members(group: int) -> list[int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.trainer.disk import give_name, to_disk
 from megatron_vespo.types import RunError
 
 MANIFEST = "manifest.json"
@@ -132,9 +132,7 @@ def publish(directory: Path, manifest: Mapping[str, Any], who: str) -> None:
         with open(partial / MANIFEST, "w") as file:
             json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
             to_disk(file)
-        _sync_directory(partial)
-        os.rename(partial, directory)
-        _sync_directory(directory.parent)
+        give_name(partial, directory)
     except OSError as err:
         raise cannot_write(directory, who, err) from err
 
@@ -221,16 +219,3 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def as_json(value: Any) -> Any:
     """As it will look when it is read back."""
     return json.loads(json.dumps(value))
-
-
-def to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -41,7 +41,7 @@ class Work:
     num_packed: int
     """Packed tokens of all data ranks together, padding included."""
     weight: Doubles
-    """[B] weight of every token of a sequence: 1 / the global denominator of the update."""
+    """[B] weight of every trained token of a sequence: 1 / the global denominator of the update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +74,11 @@ class Outcome:
     choices: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """By (chunk, microbatch): [t, l, K] int16, what the routers chose by themselves."""
     sums: Doubles
-    """[3] loss, entropy, k3 of the reference; summed over all ranks at the end."""
+    """[3] loss, entropy, k3 of the reference, of trained tokens; summed over all ranks at the end."""
     log_w: Doubles
     """[B]; on every rank at the end; 0 outside of the pass."""
     coefficient: Doubles
-    """[B], summed over the tokens of each sequence; on every rank at the end."""
+    """[B], summed over the trained tokens of each sequence; on every rank at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class _Losses:
     log_w: Tensor
     """[n] complete."""
     coefficient: Tensor
-    """[n] summed over the tokens that this context rank predicts."""
+    """[n] summed over the trained tokens that this context rank predicts."""
     kl: Tensor | None
     """Summed over those tokens."""
 
@@ -153,6 +153,11 @@ class Runner:
         self._cfg, self._algorithm, self._groups = cfg, algorithm, groups
         self._ddp_chunks, self._routing, self._head = list(ddp_chunks), routing, head
         self._number_of_chunk = {id(ddp): number for number, ddp in enumerate(ddp_chunks)}
+        self._aux_loss_coeff = cfg.moe_aux_loss_coeff
+        if self._aux_loss_coeff:
+            from megatron_vespo.trainer.routing import ranks_left_out_of_aux_loss
+
+            self._aux_loss_coeff *= ranks_left_out_of_aux_loss(cfg.layout)
 
     def run(self, work: Work, mode: Mode, *, step_number: int | None = None) -> Outcome:
         """Forward, and in training backward, over all microbatches.
@@ -203,11 +208,8 @@ class Runner:
         Under calculate_per_token_loss Megatron sums it over tokens, and expects a division by all of them that
         `optimizer._sum_gradients` does not do.
         """
-        if self._cfg.moe_aux_loss_coeff:
-            from megatron_vespo.trainer.routing import ranks_left_out_of_aux_loss
-
-            factor = ranks_left_out_of_aux_loss(self._cfg.layout) / work.num_packed
-            self._ddp_chunks[0].config.moe_aux_loss_coeff = self._cfg.moe_aux_loss_coeff * factor
+        if self._aux_loss_coeff:
+            self._ddp_chunks[0].config.moe_aux_loss_coeff = self._aux_loss_coeff / work.num_packed
 
     def _forward(
         self, one: _Pass, microbatches: Iterator[tuple[int, Microbatch]], ddp: Any
@@ -266,14 +268,12 @@ class Runner:
         from megatron_vespo.trainer.logprobs import token_stats
         from megatron_vespo.trainer.model import head_weight
 
-        at, label, segment = (
-            torch.from_numpy(x).to(hidden.device) for x in (inputs.at, inputs.label, inputs.segment)
-        )
+        at, label = (torch.from_numpy(x).to(hidden.device) for x in (inputs.at, inputs.label))
         stats = token_stats(hidden, head_weight(self._ddp_chunks[-1].module), at, label, self._head)
         losses = None
         loss = stats.logp.double().sum() * 0  # scoring: nothing to differentiate
         if one.mode.train:
-            loss, losses = self._training_loss(one, index, microbatch, inputs, stats.logp, segment)
+            loss, losses = self._training_loss(one, index, microbatch, inputs, stats.logp)
         one.scores[index] = _Scores(
             sequences=microbatch.sequences,
             inputs=inputs,
@@ -285,9 +285,14 @@ class Runner:
         return loss, torch.tensor(0, dtype=torch.int), {}
 
     def _training_loss(
-        self, one: _Pass, index: int, microbatch: Microbatch, inputs: Inputs, logp: Tensor, segment: Tensor
+        self, one: _Pass, index: int, microbatch: Microbatch, inputs: Inputs, logp: Tensor
     ) -> tuple[Tensor, _Losses]:
+        """Of [S] log-probs; from here on there are only the [R] trained ones, so the others have no gradient."""
         sequences = [one.work.sequences[i] for i in microbatch.sequences]
+        trained, segment = (
+            torch.from_numpy(x).to(logp.device) for x in (inputs.trained, inputs.segment[inputs.trained])
+        )
+        logp = logp[trained].double()
         log_ratio = _log_ratio(logp, inputs.behavior_logp)
         log_w = self._sequence_sums(log_ratio, segment, len(sequences))
 
@@ -298,9 +303,9 @@ class Runner:
         weight = per_sequence(one.work.weight[list(microbatch.sequences)].tolist())[segment]
         ratios = Ratios(log_ratio_S=log_ratio, log_w_N=log_w, seq_S=segment)
         c = coefficient(self._algorithm, ratios, advantage)
-        loss, kl = policy_loss(logp.double(), c, advantage[segment], weight), None
+        loss, kl = policy_loss(logp, c, advantage[segment], weight), None
         if one.mode.reference is not None:
-            kl = kl_penalty(logp.double(), one.mode.reference.logp[index].double())
+            kl = kl_penalty(logp, one.mode.reference.logp[index][trained].double())
             loss = loss + self._algorithm.kl_coeff * (weight * kl).sum()
         losses = _Losses(
             loss=loss.detach(),
@@ -311,7 +316,7 @@ class Runner:
         return loss, losses
 
     def _sequence_sums(self, log_ratio: Tensor, segment: Tensor, num: int) -> Tensor:
-        """[n] float64 log W of each sequence, complete: other context ranks hold other tokens of the same response.
+        """[n] log W of each sequence, complete: other context ranks hold other tokens of the same response.
 
         The numbers are detached, so that no collective is differentiated; tensor ranks hold equal ones.
         """
@@ -323,9 +328,9 @@ class Runner:
     def _collect(self, outcome: Outcome, scores: _Scores) -> None:
         """Fetch the numbers of one microbatch."""
         mass = torch.zeros(0) if scores.top_k_mass is None else scores.top_k_mass
-        numbers = (x.cpu().numpy() for x in (scores.logp, scores.entropy, mass))
-        outcome.tokens.append((scores.inputs.token, *numbers))
-        outcome.sums[1] += float(scores.entropy.double().sum())
+        logp, entropy, mass = (x.cpu().numpy() for x in (scores.logp, scores.entropy, mass))
+        outcome.tokens.append((scores.inputs.token, logp, entropy, mass))
+        outcome.sums[1] += entropy[scores.inputs.trained].sum(dtype=np.float64)
         if scores.losses is None:
             return
         losses, chosen = scores.losses, list(scores.sequences)
@@ -375,9 +380,9 @@ class Runner:
 
 
 def _log_ratio(logp: Tensor, behavior_logp: np.ndarray) -> Tensor:
-    """[S] float64, detached: policy - behavior; 0 where there is no behavior (nan)."""
-    behavior = torch.from_numpy(behavior_logp).to(logp.device).double()
-    return torch.where(behavior.isnan(), 0.0, logp.detach().double() - behavior)
+    """[R] detached: policy - behavior; 0 where there is no behavior (nan)."""
+    behavior = torch.from_numpy(behavior_logp).to(logp)
+    return torch.where(behavior.isnan(), 0.0, logp.detach() - behavior)
 
 
 def _not_finite(values: Tensor) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_vespo.config import ConfigError
+from megatron_vespo.trainer.disk import give_name, sync, to_disk
 
 INDEX = "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -163,8 +163,7 @@ def write_weights(
             file.write(_header_bytes(names, sizes, dtype))
             for name in names:
                 _write_next(file, stream, (name, sizes[name], dtype))
-            file.flush()
-            os.fsync(file.fileno())
+            to_disk(file)
     if len(parts) > 1:
         total = sum(math.prod(size) for size in sizes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": files}
@@ -182,10 +181,9 @@ def _write_next(
 
 def publish(partial: Path, target: Path) -> None:
     """Give a finished directory its name, once all of it is on disk."""
-    for path in (*partial.iterdir(), partial):
-        _sync(path)
-    os.rename(partial, target)
-    _sync(target.parent)
+    for path in partial.iterdir():
+        sync(path)
+    give_name(partial, target)
 
 
 def _plan_files(sizes: Mapping[str, Size], itemsize: int, file_bytes: int) -> list[list[str]]:
@@ -210,11 +208,3 @@ def _header_bytes(names: list[str], sizes: Mapping[str, Size], dtype: torch.dtyp
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from megatron_vespo.config import ConfigError
 from megatron_vespo.trainer.hf_config import ModelShape
 from megatron_vespo.trainer.hf_files import HfReader, Size, begin_directory, publish, write_weights
 from megatron_vespo.trainer.layout import Coordinates, Groups, layers_of_chunk
+from megatron_vespo.trainer.together import together
 from megatron_vespo.types import RunError
 
 BLOCK_BYTES = 256 * 1024**2
@@ -278,16 +279,10 @@ def load_hf(chunks: Sequence[Chunk], source: Path, shape: ModelShape, groups: Gr
         ConfigError: on every rank, where one of them finds a file or tensor missing, unreadable, not of the shape that
             config.json implies, or with NaN or infinity in it.
     """
-    problem = None
-    try:
+    with together(ConfigError, Exception, f"model = '{source}': cannot be read", "download it again"):
         reader = HfReader(source)
         for cut, parameter in described(chunks, shape, groups):
             _load(cut, parameter, reader, shape, groups)
-    except ConfigError as err:
-        problem = str(err)
-    except Exception as err:  # noqa: BLE001  # or the other ranks would wait for this one
-        problem = f"model = '{source}': {err!r} while it was read; download it again"
-    _stop_together(problem, ConfigError)
 
 
 @torch.no_grad()
@@ -306,15 +301,6 @@ def _load(cut: Cut, parameter: Tensor, reader: HfReader, shape: ModelShape, grou
     fused = _fuse(cut.how, parts, shape)
     assert fused.shape == parameter.shape, f"{cut}: {tuple(fused.shape)} for {tuple(parameter.shape)}"
     parameter.copy_(fused)
-
-
-def _stop_together(problem: str | None, kind: type[Exception]) -> None:
-    """Collective: raise on every rank what the first rank that has a problem reports."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, problem)
-    for found in everyone:
-        if found:
-            raise kind(found)
 
 
 # ------------------------------------------------------------------------------------------------- export
@@ -431,33 +417,36 @@ def save_hf(export: Export, source: Path, target: Path, *, rank: int, file_bytes
         RunError: on every rank, where `target` exists already or rank 0 cannot write; nothing is left behind.
     """
     partial = target.with_name(f".{target.name}.partial")
-    stream, sizes, problem = export.run(), hf_tensors(export.shape), None
+    told = (
+        RunError,
+        OSError,
+        f"'{target}': cannot write the model there",
+        "make room, or give another directory",
+    )
     try:
-        _stop_together(_begin(partial, source, target, export.dtype) if rank == 0 else None, RunError)
-        if rank == 0:
-            problem = _failure(
-                target, lambda: write_weights(partial, stream, sizes, export.dtype, file_bytes)
-            )
-        for _ in stream:  # the other ranks' part; on rank 0, after a failed write, what they still send
-            pass
-        if rank == 0 and not problem:
-            problem = _failure(target, lambda: publish(partial, target))
-        _stop_together(problem, RunError)
+        with together(*told):
+            if rank == 0:
+                _begin(partial, source, target, export.dtype)
+        with together(*told):
+            _write(partial, target, export, file_bytes, rank)
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _begin(partial: Path, source: Path, target: Path, dtype: torch.dtype) -> str | None:
+def _begin(partial: Path, source: Path, target: Path, dtype: torch.dtype) -> None:
     if target.exists():
-        return f"'{target}': exists already and is never overwritten; give another directory"
-    return _failure(target, lambda: begin_directory(partial, source, dtype))
+        raise RunError(f"'{target}': exists already and is never overwritten; give another directory")
+    begin_directory(partial, source, dtype)
 
 
-def _failure(target: Path, write: Callable[[], None]) -> str | None:
-    """What the file system has against it, for all ranks to hear."""
+def _write(partial: Path, target: Path, export: Export, file_bytes: int, rank: int) -> None:
+    stream = export.run()
     try:
-        write()
-    except OSError as err:
-        return f"'{target}': cannot write the model there ({err}); make room, or give another directory"
-    return None
+        if rank == 0:
+            write_weights(partial, stream, hf_tensors(export.shape), export.dtype, file_bytes)
+    finally:
+        for _ in stream:  # the other ranks' part; on rank 0, after a failed write, what they still send
+            pass
+    if rank == 0:
+        publish(partial, target)

@@ -243,11 +243,6 @@ class Groups:
     """torch.device that collectives of this rank use."""
     tensor: ProcessGroup
     context: ProcessGroup
-    pipeline: ProcessGroup
-    data_and_context: ProcessGroup
-    """The ranks that hold the same part of the dense weights."""
-    expert_data: ProcessGroup
-    """The ranks that hold the same experts."""
 
     @property
     def at(self) -> Coordinates:
@@ -307,9 +302,6 @@ def init_process_groups(layout: LayoutConfig, place: Place, *, device: str, time
         torch.device("cpu") if device == "cpu" else torch.device("cuda", torch.cuda.current_device()),
         groups.get_tensor_model_parallel_group(),
         groups.get_context_parallel_group(),
-        groups.get_pipeline_model_parallel_group(),
-        groups.get_data_parallel_group(with_context_parallel=True),
-        groups.get_expert_data_parallel_group(),
     )
 
 

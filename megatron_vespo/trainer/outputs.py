@@ -59,7 +59,7 @@ class RankOutput:
     log_w: Doubles | None = None
     """[B] whole-sequence log W, whole; None after scoring."""
     coefficient: Doubles | None = None
-    """[B] summed over each response, whole; None after scoring."""
+    """[B] summed over the trained tokens of each response, whole; None after scoring."""
     updates: tuple[Update, ...] = ()
     """Whole; empty after scoring."""
     time_s: dict[str, float]
@@ -99,7 +99,7 @@ def merge_step(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]
     return StepOutput(
         scored=merge_scores(outputs, sequences),
         log_w=whole.log_w,
-        coefficient=whole.coefficient / np.array([s.num_response_tokens for s in sequences]),
+        coefficient=whole.coefficient / np.array([s.num_trained_tokens for s in sequences]),
         updates=whole.updates,
         time_s={name: max(output.time_s[name] for output in outputs) for name in whole.time_s},
         memory_bytes={

@@ -9,7 +9,7 @@ segment: so every rank has as much of the causal attention to do, and Megatron's
 Engine expect it.
 
 Shape key:  B sequences of the step, n segments of one microbatch, t packed inputs of one context rank,
-            S response tokens of the microbatch that this context rank predicts.
+            S response tokens of the microbatch that this context rank predicts, R of them to be trained on.
 """
 
 from __future__ import annotations
@@ -355,8 +355,10 @@ class Inputs:
     """[S] its sequence's place in `Microbatch.sequences`."""
     token: Index
     """[S] its number among all response tokens of the batch (`response_offsets`)."""
+    trained: Index
+    """[R] which of them carry loss, 0 .. S-1; the environment wrote the others."""
     behavior_logp: Floats
-    """[S] nats; nan where the sequence has none."""
+    """[R] nats; nan where the sequence has none."""
 
 
 def boundaries(sequences: Sequence[TrainSequence], microbatch: Microbatch, layout: LayoutConfig) -> Index:
@@ -376,6 +378,7 @@ def cut(
     offsets = response_offsets(sequences)
     tokens, label = np.zeros((2, microbatch.length), np.int64)
     token = np.full(microbatch.length, -1, np.int64)
+    sampled = np.zeros(microbatch.length, np.bool_)
     behavior = np.full(microbatch.length, np.nan, np.float32)
     for start, index in zip(bounds[:-1], microbatch.sequences, strict=False):  # a dummy has no sequence
         s = sequences[index]
@@ -384,12 +387,14 @@ def cut(
         tokens[start:end] = s.token_ids[:-1]
         label[predicting] = s.token_ids[s.num_prompt_tokens :]
         token[predicting] = np.arange(offsets[index], offsets[index + 1])
+        sampled[predicting] = True if s.sampled is None else s.sampled
         if s.behavior_logp is not None:
             behavior[predicting] = s.behavior_logp
     held = _held(bounds, layout.context, context_rank)
     segment = np.searchsorted(bounds, held, side="right") - 1
     at = np.flatnonzero(token[held] >= 0)
     predicted = held[at]
+    trained = np.flatnonzero(sampled[predicted])
     return Inputs(
         tokens=tokens[held][None],
         positions=(held - bounds[segment])[None],
@@ -399,7 +404,8 @@ def cut(
         label=label[predicted],
         segment=segment[at],
         token=token[predicted],
-        behavior_logp=behavior[predicted],
+        trained=trained,
+        behavior_logp=behavior[predicted[trained]],
     )
 
 

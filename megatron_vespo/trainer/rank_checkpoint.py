@@ -12,7 +12,6 @@ same, else they stay as the run seeded them: nothing depends on them while dropo
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,8 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_vespo.trainer.adam_state import MOMENTS, Held, held_ranges, master_to_model
@@ -37,8 +34,8 @@ from megatron_vespo.trainer.checkpoint import (
     publish,
     rank_file,
     read_manifest,
-    to_disk,
 )
+from megatron_vespo.trainer.disk import to_disk
 from megatron_vespo.trainer.hf_config import ModelShape
 from megatron_vespo.trainer.hf_weights import Cut, represents
 from megatron_vespo.trainer.layout import Groups
@@ -50,6 +47,7 @@ from megatron_vespo.trainer.pieces import (
     piece_of,
     read_tensors,
 )
+from megatron_vespo.trainer.together import together
 from megatron_vespo.types import RunError
 
 GENERATOR = "generator."
@@ -186,17 +184,18 @@ class RankCheckpoint:
                 that cannot be read any more after it was verified leaves weights of no step.)
         """
         rank, num_ranks = self._groups.rank, self._groups.layout.world_size
-        with _together():
+        told = (RunError, Exception, f"checkpoint '{directory}': cannot be loaded", "resume from another one")
+        with together(*told):
             manifest = read_manifest(directory)
             self._check_model(directory, manifest["model"])
             for name in sorted(manifest["files"])[rank::num_ranks]:  # every file by one rank
                 check_file(directory / name, manifest["files"][name])
         holdings = list(self._holdings())
-        with _together():
+        with together(*told):
             files = PieceFiles([directory / name for name in manifest["files"]])
             for holding in holdings:
                 files.check(holding.piece)
-        with _together():  # what fails now is the file system
+        with together(*told):  # what fails now is the file system
             for holding in holdings:
                 self._restore(holding, files, manifest["adam_steps"])
             if {name: manifest[name] for name in ("layout", "device")} == self._place():
@@ -291,19 +290,3 @@ def _megatron_generators() -> Any:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     return get_cuda_rng_tracker()
-
-
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """What goes wrong inside on any rank is raised on every rank."""
-    problem: str | None = None
-    try:
-        yield
-    except (RunError, OSError, SafetensorError) as err:
-        problem = str(err)
-    except Exception as err:  # noqa: BLE001  # or the other ranks would wait for this one
-        problem = f"checkpoint: {err!r}; resume from another one"
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if first := next((p for p in problems if p), None):
-        raise RunError(first)

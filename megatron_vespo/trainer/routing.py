@@ -13,9 +13,9 @@ Shape key:  t rows of this rank (its tokens in packed order), l its layers with 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,17 +25,9 @@ from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import Tensor
 
 from megatron_vespo.config import LayoutConfig
+from megatron_vespo.trainer.hf_config import ModelShape
 from megatron_vespo.trainer.packing import Index, input_offsets
-from megatron_vespo.types import Experts, RunError, TrainSequence
-
-
-@dataclass(frozen=True)
-class RouterSize:
-    """What a table of expert choices must measure."""
-
-    num_layers: int
-    num_experts: int
-    experts_per_token: int
+from megatron_vespo.types import Experts, Mask, RunError, TrainSequence
 
 
 class _Listener(RouterReplay):
@@ -101,7 +93,7 @@ class Routing:
         self,
         chunks: Sequence[torch.nn.Module],
         layers: Sequence[Sequence[int]],
-        size: RouterSize,
+        shape: ModelShape,
         *,
         recompute: bool,
     ) -> None:
@@ -113,7 +105,7 @@ class Routing:
         """
         self._listeners: list[list[_Listener]] = []
         self._layers = [np.array(chunk_layers, np.int32) for chunk_layers in layers]
-        self._size, self._recompute = size, recompute
+        self._shape, self._recompute = shape, recompute
         for chunk in chunks:
             routers: list[Any] = [module for module in chunk.modules() if isinstance(module, TopKRouter)]
             for router in routers:
@@ -163,22 +155,28 @@ class Routing:
             number: [t] which input of the batch each row is, -1 for padding (`packing.input_numbers`).
         """
         layers, offsets = self._layers[chunk], input_offsets(sequences)
-        topk = self._size.experts_per_token
-        spread = np.arange(len(number) * topk).reshape(-1, 1, topk) % self._size.num_experts
+        topk = self._shape.experts_per_token
+        spread = np.arange(len(number) * topk).reshape(-1, 1, topk) % self._shape.num_experts
         rows = np.broadcast_to(spread, (len(number), len(layers), topk)).astype(np.int16)
-        bad = None
         for i in chosen:
             experts = sequences[i].experts
             assert experts is not None, "check_experts comes first"
-            mine = (number >= offsets[i]) & (number < offsets[i + 1])
+            mine = np.flatnonzero((number >= offsets[i]) & (number < offsets[i + 1]))
             rows[mine] = experts[number[mine] - offsets[i]][:, layers]
-            ordered = np.sort(rows[mine], -1)
-            if (
-                ordered[..., 1:] == ordered[..., :-1]
-            ).any():  # e.g. rows of zeros: never written by the engine
-                rows[mine] = spread[mine]
-                bad = i
-        return rows, bad
+        bad = np.flatnonzero(_repeating(rows).any(-1))  # e.g. rows of zeros: never written by the engine
+        if not len(bad):
+            return rows, None
+        rows[bad] = spread[bad]
+        return rows, int(np.searchsorted(offsets, number[bad[0]], side="right")) - 1
+
+
+def _repeating(rows: Experts) -> Mask:
+    """[t, l] whether a row names one expert twice: by pairs, since sorting takes several times as long."""
+    place_Ktl = np.ascontiguousarray(np.moveaxis(rows, -1, 0))
+    twice_tl = np.zeros(rows.shape[:-1], np.bool_)
+    for a, b in itertools.combinations(place_Ktl, 2):
+        twice_tl |= a == b
+    return twice_tl
 
 
 def ranks_left_out_of_aux_loss(layout: LayoutConfig) -> int:
@@ -191,7 +189,7 @@ def ranks_left_out_of_aux_loss(layout: LayoutConfig) -> int:
     return 1 if "tp_cp_group.size()" in source else layout.tensor * layout.context
 
 
-def check_experts(sequences: Sequence[TrainSequence], size: RouterSize) -> None:
+def check_experts(sequences: Sequence[TrainSequence], shape: ModelShape) -> None:
     """Refuse choices that cannot be replayed.
 
     Raises:
@@ -203,16 +201,16 @@ def check_experts(sequences: Sequence[TrainSequence], size: RouterSize) -> None:
                 f"sequence {s.uid}: has no expert choices, but trainer.router_replay = 'engine' replays them; start the engine "
                 "with rollout.record_experts = true, or set trainer.router_replay = 'off'"
             )
-        wanted = (len(s.token_ids) - 1, size.num_layers, size.experts_per_token)
+        wanted = (len(s.token_ids) - 1, shape.num_layers, shape.experts_per_token)
         if s.experts.shape != wanted:
             raise RunError(
                 f"sequence {s.uid}: expert choices have shape {list(s.experts.shape)}, expected {list(wanted)} (inputs, layers, "
                 "experts per token); the engine lost rows or serves another model: do not train on it"
             )
-        if s.experts.size and not (s.experts.min() >= 0 and s.experts.max() < size.num_experts):
+        if s.experts.size and not (s.experts.min() >= 0 and s.experts.max() < shape.num_experts):
             raise RunError(
                 f"sequence {s.uid}: expert choices lie in {s.experts.min()} .. {s.experts.max()}, expected 0 .. "
-                f"{size.num_experts - 1}; a sentinel marks rows that the engine did not record: do not train on it"
+                f"{shape.num_experts - 1}; a sentinel marks rows that the engine did not record: do not train on it"
             )
 
 

@@ -101,7 +101,7 @@ class TrainerRank:
         self._runner = Runner(cfg, algorithm, self.groups, self._optimizer.ddp_chunks, self._routing(), head)
 
     def _routing(self) -> Any:
-        from megatron_vespo.trainer.routing import RouterSize, Routing
+        from megatron_vespo.trainer.routing import Routing
 
         if not self.shape.num_experts:
             return None
@@ -109,8 +109,7 @@ class TrainerRank:
             layers_of_chunk(self._cfg.layout, self.shape, self.groups.at.pipeline, chunk)
             for chunk in range(self._cfg.layout.virtual_pipeline)
         ]
-        size = RouterSize(self.shape.num_layers, self.shape.num_experts, self.shape.experts_per_token)
-        return Routing(self.chunks, layers, size, recompute=self._cfg.recompute != "none")
+        return Routing(self.chunks, layers, self.shape, recompute=self._cfg.recompute != "none")
 
     # ------------------------------------------------------------------------------------------- training
 
@@ -136,7 +135,9 @@ class TrainerRank:
         _ = self.num_steps
         check_batch(sequences, self.shape.vocab_size)
         if self._cfg.router_replay == "engine":
-            self._check_experts(sequences)
+            from megatron_vespo.trainer.routing import check_experts
+
+            check_experts(sequences, self.shape)
         phases = Phases(self.groups.device)
         works, replay = self._works(sequences), self._cfg.router_replay
         before: list[Outcome | None] = [None] * len(works)
@@ -236,8 +237,8 @@ class TrainerRank:
             crossover=self._crossover,
         )
         weight = np.zeros(len(sequences))
-        lengths = [s.num_response_tokens for s in sequences[share]]
-        weight[share] = token_weights(lengths, self._algorithm.aggregation)
+        num_trained = [s.num_trained_tokens for s in sequences[share]]
+        weight[share] = token_weights(num_trained, self._algorithm.aggregation)
         return Work(
             sequences=sequences,
             share=share,
@@ -252,7 +253,7 @@ class TrainerRank:
     def _update(self, work: Work, outcome: Outcome, norm: float, rate: float) -> Update:
         """The update in numbers, each a quotient of sums over all ranks."""
         share = work.sequences[work.share]
-        num_tokens = sum(s.num_response_tokens for s in share)
+        num_tokens = sum(s.num_trained_tokens for s in share)
         num_inputs = sum(len(s.token_ids) - 1 for s in share)
         loss, entropy, kl = outcome.sums.tolist()
         return Update(
@@ -269,14 +270,8 @@ class TrainerRank:
 
     def _flops(self, sequences: Sequence[TrainSequence]) -> float:
         num_inputs = np.array([len(s.token_ids) - 1 for s in sequences], np.float64)
-        num_responses = sum(s.num_response_tokens for s in sequences)
-        return training_flops(self.shape, num_inputs.sum(), np.square(num_inputs).sum(), num_responses)
-
-    def _check_experts(self, sequences: Sequence[TrainSequence]) -> None:
-        from megatron_vespo.trainer.routing import RouterSize, check_experts
-
-        size = RouterSize(self.shape.num_layers, self.shape.num_experts, self.shape.experts_per_token)
-        check_experts(sequences, size)
+        num_trained = sum(s.num_trained_tokens for s in sequences)
+        return training_flops(self.shape, num_inputs.sum(), np.square(num_inputs).sum(), num_trained)
 
     # -------------------------------------------------------------------------------------------- weights
 
@@ -355,17 +350,36 @@ def check_batch(sequences: Sequence[TrainSequence], vocab_size: int) -> None:
             )
         if not np.isfinite(s.advantage):
             raise RunError(f"sequence {s.uid}: advantage = {s.advantage}, must be finite; check the rewards")
+        _check_mask(s)
         _check_behavior(s)
+
+
+def _check_mask(s: TrainSequence) -> None:
+    if s.sampled is None:
+        return
+    if s.sampled.shape != (s.num_response_tokens,) or s.sampled.dtype != np.bool_:
+        raise RunError(
+            f"sequence {s.uid}: sampled must hold {s.num_response_tokens} booleans, one for each response token, and holds "
+            f"{s.sampled.dtype} of shape {list(s.sampled.shape)}; check how its turns were joined"
+        )
+    if not s.num_trained_tokens:
+        raise RunError(
+            f"sequence {s.uid}: none of its {s.num_response_tokens} response tokens was sampled, so there is nothing to "
+            "train on; leave it out of the batch"
+        )
 
 
 def _check_behavior(s: TrainSequence) -> None:
     if s.behavior_logp is None:
         return
-    if len(s.behavior_logp) != s.num_response_tokens or not np.isfinite(s.behavior_logp).all():
-        raise RunError(
-            f"sequence {s.uid}: behavior_logp must hold {s.num_response_tokens} finite numbers, one for each response "
-            f"token, and holds {len(s.behavior_logp)} ({int(np.isfinite(s.behavior_logp).sum())} finite); check the engine"
-        )
+    if len(s.behavior_logp) == s.num_response_tokens:
+        sampled = s.behavior_logp if s.sampled is None else s.behavior_logp[s.sampled]
+        if np.isfinite(sampled).all():
+            return
+    raise RunError(
+        f"sequence {s.uid}: behavior_logp must hold {s.num_response_tokens} finite numbers, one for each response "
+        f"token, and holds {len(s.behavior_logp)} ({int(np.isfinite(s.behavior_logp).sum())} finite); check the engine"
+    )
 
 
 def _shares(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_vespo.config import TrainerConfig
 from megatron_vespo.trainer.estimate import (
+    GIB,
     Parameters,
     Workload,
     dispatched_tokens,
@@ -22,8 +23,6 @@ from megatron_vespo.trainer.estimate import (
 )
 from megatron_vespo.trainer.hf_config import ModelShape
 from megatron_vespo.trainer.layout import layers_of_stage
-
-GIB = 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +185,7 @@ def training_flops(shape: ModelShape, num_tokens: float, squares: float, num_res
     Args:
         num_tokens: processed tokens of all sequences together, without padding.
         squares: sum over the sequences of the square of their tokens.
-        num_responses: tokens that the LM head scores.
+        num_responses: response tokens that carry loss.
     """
     layer = _layer_flops(shape, num_tokens, squares)
     once = shape.num_layers * (layer.projections + layer.attention + layer.feed_forward)

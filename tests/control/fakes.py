@@ -13,6 +13,7 @@ from megatron_vespo.types import (
     Prompt,
     Response,
     RunError,
+    Sampling,
     Scored,
     StepOutput,
     SyncReport,
@@ -37,16 +38,19 @@ class FakeEngine:
         self.delay_s = delay_s
         self.fails_after = math.inf
         self.fails_on = ""
+        self.no_signal: set[str] = set()
+        self.slow_on: dict[str, float] = {}
         self.num_sampled = 0
         self.scored_under: list[int] = []
 
-    async def sample(self, prompt: Prompt, num: int) -> tuple[Response, ...]:
+    async def sample(self, prompt: Prompt, num: int, sampling: Sampling) -> tuple[Response, ...]:
         version = self.version
         self.num_sampled += 1
         if self.num_sampled > self.fails_after or (self.fails_on == prompt.uid and self.version > 0):
             raise RunError("engine = dead: prompt waited for it; look at its log")
-        await asyncio.sleep(self.delay_s * (self.num_sampled % 3))
-        return tuple(self._response(prompt, version, good=bool(i % 2)) for i in range(num))
+        await asyncio.sleep(self.slow_on.get(prompt.uid, self.delay_s * (self.num_sampled % 3)))
+        signal = prompt.uid not in self.no_signal
+        return tuple(self._response(prompt, version, good=signal and bool(i % 2)) for i in range(num))
 
     async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
         self.scored_under.append(self.version)
@@ -90,9 +94,13 @@ class FakeTrainer:
         )
 
     async def publish(self, version: int) -> SyncReport:
+        """types.Publisher, too."""
         self.events.append(f"publish {version}")
         self.engine.version = version
         return SyncReport(version=version, num_bytes=10, time_s={}, canary_abs_max=0.0)
+
+    async def follow(self) -> None:
+        await asyncio.Event().wait()
 
     async def save(self, version: int, state: Mapping[str, Any]) -> None:
         self.events.append(f"save {version} {dict(state)}")
@@ -113,11 +121,11 @@ def update() -> Update:
 
 
 class FakeVerifier:
-    num_timeouts = 0
-    num_deaths = 0
+    def __init__(self) -> None:
+        self.failures = {"timeouts": 0, "deaths": 0}
 
     async def score(self, prompt: Prompt, responses: Sequence[Response]) -> tuple[float, ...]:
-        self.num_timeouts += prompt.uid == "p0"
+        self.failures["timeouts"] += prompt.uid == "p0"
         return tuple(float(response.text == prompt.answer) for response in responses)
 
 

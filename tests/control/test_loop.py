@@ -14,21 +14,24 @@ from rich.console import Console
 from megatron_vespo.config import TrainConfig, parse_config, to_toml
 from megatron_vespo.control import loop
 from megatron_vespo.control.buffer import GroupBuffer
-from megatron_vespo.control.observer import Observer
-from megatron_vespo.control.progress import Progress
-from megatron_vespo.data.prompts import EpochStream
+from megatron_vespo.control.evaluation import evaluate
+from megatron_vespo.control.observer import Observer, Sources
+from megatron_vespo.control.progress import Progress, ledger_of
+from megatron_vespo.control.sampler import Sampler
+from megatron_vespo.data.stream import EpochStream
 from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rundir import RunDirectory
 from megatron_vespo.types import RunError
 from tests.control.fakes import FakeEngine, FakeTrainer, FakeVerifier, prompt
 
 
-def config(run_dir: Path, **loop_options) -> TrainConfig:
+def config(run_dir: Path, evaluation: dict, **loop_options) -> TrainConfig:
     return parse_config(TrainConfig, {
         "run_dir": str(run_dir),
         "model": "none",
         "prompts": {"train": "none.parquet", "max_prompt_tokens": 8},
         "sampling": {"max_response_tokens": 8},
+        "evaluation": {"sets": {"heldout": "none.parquet"}, **evaluation},
         "trainer": {"device": "cpu", "optimizer": {"learning_rate": 1e-3}},
         "loop": {"num_steps": 6, "prompts_per_step": 2, "group_size": 4, "step_timeout_s": 20, **loop_options},
     })  # fmt: skip
@@ -37,9 +40,11 @@ def config(run_dir: Path, **loop_options) -> TrainConfig:
 class Scenario:
     """A run of the real loop, observer and files on fake collaborators."""
 
-    def __init__(self, run_dir: Path, start: Progress | None = None, **loop_options) -> None:
+    def __init__(
+        self, run_dir: Path, start: Progress | None = None, evaluation: dict | None = None, **loop_options
+    ) -> None:
         start = start or Progress(stream="test")
-        self.cfg = config(run_dir, **loop_options)
+        self.cfg = config(run_dir, evaluation or {}, **loop_options)
         self.engine = FakeEngine(delay_s=0.002)
         self.trainer = FakeTrainer(self.engine, version=start.version)
         self.verifier = FakeVerifier()
@@ -50,8 +55,16 @@ class Scenario:
     def run(self, meanwhile=None) -> list[dict]:
         cfg, start = self.cfg, self.start
         view = LiveView("test", cfg.loop.num_steps, console=Console(file=self.text, width=250))
+        self.prompts = EpochStream([prompt(i) for i in range(50)], 0, False, ledger_of(start, 50))
+        self.sampler = Sampler(cfg, self.engine, self.verifier)
+        sources = Sources(
+            prompts=self.prompts,
+            failures=lambda: {f"verifier/{kind}": num for kind, num in self.verifier.failures.items()},
+            engine_metrics=dict,
+            evaluate=lambda: evaluate(cfg, {"heldout": [prompt(99)]}, self.sampler),
+        )
         with RunDirectory(self.path, to_toml(cfg), resume=start.version > 0) as run, RunLog(run) as log, view:
-            self.observer = Observer(cfg, run, log, view, [prompt(99)], self.verifier, start)
+            self.observer = Observer(cfg, run, log, view, sources, start)
             try:
                 asyncio.run(self._run(meanwhile))
             finally:
@@ -59,17 +72,11 @@ class Scenario:
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
     async def _run(self, meanwhile) -> None:
-        prompts = EpochStream(
-            [prompt(i) for i in range(50)], seed=0, shuffle=False, start=self.start.consumed
-        )
-        self.buffer = GroupBuffer(
-            prompts_per_step=self.cfg.loop.prompts_per_step,
-            max_staleness=self.cfg.loop.max_staleness,
-        )
+        self.buffer = GroupBuffer.of(self.cfg.loop)
         if meanwhile:
             background = asyncio.ensure_future(meanwhile(self))
         await loop.train(
-            self.cfg, prompts, self.engine, self.verifier, self.trainer, self.observer, self.buffer
+            self.cfg, self.prompts, self.sampler, self.trainer, self.trainer, self.buffer, self.observer
         )
         if meanwhile:
             await background
@@ -90,7 +97,7 @@ def test_every_step_publishes_its_weights_before_the_next_one(tmp_path):
     assert scenario.trainer.events[:-1] == [
         "publish 0", "step on 0", "publish 1", "step on 1", "publish 2", "step on 2", "publish 3",
     ]  # fmt: skip
-    assert scenario.trainer.events[-1] == "save 3 {'stream': 'test', 'version': 3, 'consumed': 6}"
+    assert scenario.trainer.events[-1].startswith("save 3 {'stream': 'test', 'version': 3, 'ledger': {")
 
 
 def test_the_batch_is_rescored_under_the_weights_that_are_trained(tmp_path):
@@ -125,7 +132,7 @@ def test_a_resumed_run_continues_where_the_first_stopped(tmp_path):
 
 
 def test_evaluations_and_checkpoints_come_when_they_are_due(tmp_path):
-    scenario = Scenario(tmp_path / "run", num_steps=5, eval_every=2, save_every=3, eval_samples=4)
+    scenario = Scenario(tmp_path / "run", num_steps=5, save_every=3, evaluation={"every": 2, "samples": 4})
     records = scenario.run()
     assert [r["step"] for r in records if "reward/heldout_mean" in r] == [0, 2, 4, 5]
     assert records[0]["reward/heldout_mean"] == 0.5  # every second response is right
@@ -136,7 +143,7 @@ def test_closing_the_buffer_ends_the_run_after_the_step_in_progress(tmp_path):
     async def stop_soon(scenario: Scenario) -> None:
         while scenario.trainer.version < 2:
             await asyncio.sleep(0.001)
-        await scenario.buffer.close()
+        scenario.buffer.close()
 
     scenario = Scenario(tmp_path / "run", num_steps=1000)
     records = scenario.run(stop_soon)
@@ -196,7 +203,7 @@ def test_a_sample_of_the_batch_can_be_rescored(tmp_path):
 
 
 def test_a_failed_evaluation_leaves_the_finished_step_to_be_written_down(tmp_path):
-    scenario = Scenario(tmp_path / "run", num_steps=9, eval_every=2)
+    scenario = Scenario(tmp_path / "run", num_steps=9, evaluation={"every": 2})
     scenario.engine.fails_on = "p99"
     with pytest.raises(ExceptionGroup):
         scenario.run()
@@ -205,3 +212,54 @@ def test_a_failed_evaluation_leaves_the_finished_step_to_be_written_down(tmp_pat
         json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == [0, 1, 2]
+
+
+def test_groups_without_signal_are_replaced_counted_and_never_trained(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=3, filter_groups=True, max_staleness=1)
+    scenario.engine.no_signal = {"p0", "p3"}
+    records = scenario.run()
+    uids = [s.uid for batch in scenario.trainer.batches for s in batch[::4]]
+    assert uids == ["p1", "p2", "p4", "p5", "p6", "p7"]
+    assert sum(record["filter/dropped_groups"] for record in records[1:]) == 2
+    assert scenario.prompts.ledger.count("filtered") == 2
+    dropped = next(r for r in records[1:] if r["filter/dropped_groups"])
+    # Half of the responses of a group with signal are right, none of p0's and p3's are.
+    assert dropped["filter/dropped_reward_mean"] == 0.0 and dropped["filter/sampled_reward_mean"] < 0.5
+    assert max(record["staleness/max_steps"] for record in records[1:]) <= 1
+
+
+def test_oversampled_prompts_that_were_not_needed_are_sampled_again_for_later_steps(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=4, filter_groups=True, oversampling=2.0, max_staleness=0)
+    records = scenario.run()
+    uids = [s.uid for batch in scenario.trainer.batches for s in batch[::4]]
+    assert uids == [f"p{i}" for i in range(8)]
+    assert all(record["staleness/max_steps"] == 0 for record in records[1:])
+
+
+def test_a_window_lets_fast_groups_overtake_and_keeps_the_bound(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=8, max_staleness=2, window=4)
+    records = scenario.run()
+    assert max(record["staleness/max_steps"] for record in records[1:]) <= 2
+    assert sum(record["loop/overtaken_groups"] for record in records[1:]) > 0
+    uids = [s.uid for batch in scenario.trainer.batches for s in batch[::4]]
+    assert len(set(uids)) == 16
+
+
+def test_training_goes_on_beside_an_evaluation_that_it_does_not_wait_for(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=6, evaluation={"every": 2, "waits": False, "samples": 2})
+    scenario.engine.slow_on = {"p99": 0.05}
+    records = scenario.run()
+    evaluated = [r for r in records if "eval/heldout/avg" in r]
+    assert [r["step"] for r in evaluated][-1] == 6 and evaluated[0]["step"] == 0
+    assert all(r["eval/heldout/version_min"] <= r["eval/heldout/version_max"] for r in evaluated)
+    assert evaluated[0]["eval/heldout/pass_at_k"] == 1.0 and evaluated[0]["eval/heldout/avg"] == 0.5
+
+
+def test_a_checkpoint_knows_which_prompts_are_done_out_of_order(tmp_path):
+    first = Scenario(tmp_path / "run", num_steps=3, max_staleness=2, window=4)
+    first.run()
+    done = [s.uid for batch in first.trainer.batches for s in batch[::4]]
+    second = Scenario(tmp_path / "run", start=first.observer.progress, num_steps=9, max_staleness=2, window=4)
+    second.run()
+    after = [s.uid for batch in second.trainer.batches for s in batch[::4]]
+    assert len(set(done + after)) == len(done + after) == 18

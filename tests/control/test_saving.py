@@ -17,8 +17,11 @@ class Ranks(TrainerGroup):
 
     def __init__(self, root: Path, *, polls: int = 0, full: bool = False, async_save: bool = True) -> None:
         cfg = TrainerConfig(optimizer=OptimizerConfig(learning_rate=1e-3), async_save=async_save)
-        spec = PolicySpec(cfg=cfg, model=root, algorithm=AlgorithmConfig(), temperature=1.0, seed=0)
-        super().__init__(spec, root / "checkpoints", root / "logs", records_experts=False)
+        spec = PolicySpec(
+            cfg=cfg, model=root, algorithm=AlgorithmConfig(), temperature=1.0, seed=0, updates_per_batch=1
+        )
+        run = SimpleNamespace(checkpoints=root / "checkpoints", logs=root / "logs")
+        super().__init__(SimpleNamespace(), spec, run, version=0, records_experts=False)  # type: ignore[arg-type]
         self.root, self.polls, self.full = root / "checkpoints", polls, full
         self.calls: list[str] = []
         self._actors = [SimpleNamespace(commit=SimpleNamespace(remote=self._commit))]
@@ -110,7 +113,7 @@ def test_a_run_that_went_back_writes_the_later_steps_anew(tmp_path):
             await ranks.save(version, {})
             await ranks.saved()
         checkpoint.set_aside(tmp_path / "checkpoints", 4)  # as run.py does before anything starts
-        await ranks.load(4)
+        await ranks._load(4)
         assert ranks.saved_version == 4 and ranks.names() == ["step_000004", "superseded"]
         await ranks.save(8, {})
         await ranks.saved()

@@ -1,4 +1,4 @@
-"""Prompt and demonstration files: what is read, what is refused and in which words, and in which order it comes."""
+"""Prompt and demonstration files: what is read, what is refused and in which words."""
 
 import json
 import logging
@@ -10,11 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_vespo.config import ConfigError, PromptsConfig, SftDataConfig
-from megatron_vespo.data.prompts import EpochStream, load_demonstrations, load_prompts, load_tokenizer
+from megatron_vespo.data import prompts
+from megatron_vespo.data.prompts import load_demonstrations, load_prompts, load_tokenizer
 
 
 def row(uid: Any = "u0", content: Any = "1+1", answer: Any = "2", role: str = "user") -> dict[str, Any]:
@@ -61,6 +60,29 @@ def test_parquet_and_jsonl_of_the_same_rows_give_the_same_prompts(tmp_path, toke
         assert np.array_equal(one.token_ids, other.token_ids)
 
 
+def test_other_columns_and_bare_texts_are_read_and_rows_numbered(tmp_path, tokenizer):
+    rows = [
+        {"question": "1+1", "meta": {"gold": {"value": 2}}},
+        {"question": "1+1", "meta": {"gold": {"value": 2.5}}},
+    ]
+    columns = {"prompt_column": "question", "answer_column": "meta.gold.value", "uid_column": ""}
+    path = jsonl(tmp_path / "p.jsonl", rows)
+    first, second = load_prompts(path, tokenizer, prompts_config(path, **columns))
+    assert (first.uid, first.text, first.answer) == ("0", "<|user|>1+1<|end|><|assistant|>", "2")
+    assert (second.uid, second.text, second.answer) == ("1", first.text, "2.5")
+    assert "missing 'meta.gold.text', found value" in refusal(
+        path, tokenizer, **columns | {"answer_column": "meta.gold.text"}
+    )
+
+
+def test_a_large_file_is_tokenized_in_batches_to_the_same_prompts(tmp_path, tokenizer, monkeypatch):
+    path = jsonl(tmp_path / "p.jsonl", [row(i, f"{i}+1", str(i + 1)) for i in range(10)])
+    whole = load_prompts(path, tokenizer, prompts_config(path))
+    monkeypatch.setattr(prompts, "TOKENIZER_BATCH", 3)
+    for one, other in zip(whole, load_prompts(path, tokenizer, prompts_config(path)), strict=True):
+        assert one.uid == other.uid and one.token_ids.tolist() == other.token_ids.tolist()
+
+
 def without(*keys: str) -> dict[str, Any]:
     fields = row()
     *parents, leaf = keys
@@ -74,16 +96,30 @@ def without(*keys: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (without("prompt") | {"prompts": []}, ["p.jsonl line 1: missing 'prompt'", "rename 'prompts'"]),
-        (without("reward_model"), ["missing 'reward_model', found prompt, extra_info; add it"]),
+        (
+            without("prompt") | {"prompts": []},
+            ["p.jsonl line 1: missing 'prompt', found", "rename 'prompts', or set"],
+        ),
+        (
+            without("reward_model"),
+            ["missing 'reward_model', found prompt, extra_info; add it, or set prompts.answer_column"],
+        ),
         (without("reward_model", "ground_truth"), ["missing 'reward_model.ground_truth', found style"]),
-        (without("extra_info", "index"), ["missing 'extra_info.index', found nothing"]),
+        (
+            without("extra_info", "index"),
+            ["missing 'extra_info.index', found nothing; add it, or set prompts.uid_column"],
+        ),
         (row() | {"reward_model": "2"}, ["'reward_model' = '2': expected a table with 'ground_truth'"]),
         (row(answer="  "), ["'reward_model.ground_truth' = '  ': expected the answer"]),
         (row(answer=["2"]), ["'reward_model.ground_truth' = ['2']: expected the answer as a text"]),
+        (row(answer=True), ["'reward_model.ground_truth' = True: expected the answer as a text"]),
         (row() | {"prompt": []}, ["'prompt' = []: expected at least one message"]),
-        (row() | {"prompt": "1+1"}, ["'prompt' = '1+1': expected a list of {role, content}"]),
-        (row() | {"prompt": [{"role": "user"}]}, ["missing 'prompt[0].content', found role"]),
+        (row() | {"prompt": " "}, ["'prompt[0].content' = ' ': expected a text"]),
+        (row() | {"prompt": 11}, ["'prompt' = 11: expected a list of {role, content}"]),
+        (
+            row() | {"prompt": [{"role": "user"}]},
+            ["p.jsonl line 1: prompt[0]: missing 'content', found role"],
+        ),
         (row(content=" \n"), ["'prompt[0].content' = ' \\n': expected a text"]),
         (row(role="human"), ["'prompt[0].role' = 'human': expected one of"]),
         (row(role="assistant"), ["'prompt' ends with role 'assistant': expected user or tool"]),
@@ -109,7 +145,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, tokenizer):
     (tmp_path / "p.csv").write_text("prompt")
     for name, words in {
         "none.jsonl": "no such file",
-        "p.csv": "expected a name that ends in .parquet or .jsonl",
+        "p.csv": "expected a name that ends in .parquet or .jsonl, or a dataset's directory",
         "broken.jsonl": "line 3: expected one JSON object",
         "list.jsonl": "line 1: expected one JSON object",
         "latin.jsonl": "line 1: expected one JSON object",
@@ -206,37 +242,3 @@ def test_a_demonstration_that_is_none_is_refused_by_name(tmp_path, tokenizer):
         with pytest.raises(ConfigError) as caught:
             load_sft(jsonl(tmp_path / "d.jsonl", [fields]), tokenizer)
         assert words in str(caught.value), caught.value
-
-
-@given(
-    size=st.integers(1, 20),
-    seed=st.integers(0, 2**32),
-    shuffle=st.booleans(),
-    start=st.integers(0, 70),
-    num=st.integers(0, 50),
-)
-def test_a_resumed_stream_continues_the_uninterrupted_one(size, seed, shuffle, start, num):
-    whole = EpochStream(range(size), seed, shuffle).take(start + num)
-    resumed = EpochStream(range(size), seed, shuffle, start=start)
-    assert resumed.take(num) == whole[start:]
-    assert resumed.position == start + num
-
-
-@given(size=st.integers(1, 20), seed=st.integers(0, 2**32), shuffle=st.booleans())
-def test_every_item_comes_exactly_once_per_epoch(size, seed, shuffle):
-    stream = EpochStream(range(size), seed, shuffle)
-    for _ in range(4):
-        assert sorted(stream.take(size)) == list(range(size))
-
-
-def test_epochs_and_seeds_have_orders_of_their_own_and_no_shuffle_keeps_the_file():
-    stream = EpochStream(range(100), seed=0, shuffle=True)
-    first, second = stream.take(100), stream.take(100)
-    assert first != second
-    assert first != EpochStream(range(100), seed=1, shuffle=True).take(100)
-    assert EpochStream(range(3), seed=0, shuffle=False).take(5) == [0, 1, 2, 0, 1]
-
-
-def test_a_stream_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match="expected at least one"):
-        EpochStream([], seed=0, shuffle=True)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_vespo.metrics import RunLog
 from megatron_vespo.rundir import RunDirectory, rollout_rows, write_rollouts
-from megatron_vespo.types import Prompt, Response, Rollout, Scored, StepOutput, Update, VersionSpan
+from megatron_vespo.types import Group, Prompt, Response, Rollout, Scored, StepOutput, Update, VersionSpan
 
 CONFIG = """\
 run_dir = "runs/demo"
@@ -98,7 +98,11 @@ def write_rl_run(
         for step in range(1, done + 1):
             success = 0.2 + 0.75 / (1 + np.exp(-8 * (step / num_steps - 0.45)))
             rollouts, output, engine = invent_batch(rng, step, groups, success, noise)
-            write_rollouts(run.rollouts, rollout_rows(rollouts, output, engine, step=step))
+            visits = [
+                Group(rollouts=tuple(rollouts[8 * g : 8 * (g + 1)]), ordinal=(step - 1) * groups + g)
+                for g in range(groups)
+            ]
+            write_rollouts(run.rollouts, rollout_rows(visits, output, engine, step=step))
             log.log(step, invent_metrics(rng, step, num_steps, success, rollouts, output, engine))
         if done == num_steps:
             run.final.mkdir()

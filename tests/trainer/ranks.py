@@ -227,6 +227,7 @@ class _Worker:
     def masters(self, kind) -> dict[str, np.ndarray]:
         """Put together by collectives, not from files."""
         import torch
+        from megatron.core import parallel_state
 
         from megatron_vespo.trainer.adam_state import held_ranges
         from megatron_vespo.trainer.hf_weights import Export, described
@@ -237,9 +238,12 @@ class _Worker:
             values = held.weight if kind == "weight" else held.moment(kind)
             whole[held.parameter].view(-1)[held.start : held.end] = values
         if trainer._cfg.optimizer.distributed:
+            copies = {
+                True: parallel_state.get_expert_data_parallel_group(),
+                False: parallel_state.get_data_parallel_group(with_context_parallel=True),
+            }
             for cut, parameter in described(trainer.chunks, trainer.shape, groups):
-                group = groups.expert_data if cut.is_expert else groups.data_and_context
-                torch.distributed.all_reduce(whole[parameter], group=group)
+                torch.distributed.all_reduce(whole[parameter], group=copies[cut.is_expert])
         export = Export(
             [_Tensors([(n, whole[p]) for n, p in chunk.named_parameters()]) for chunk in trainer.chunks],
             trainer.shape,

@@ -9,10 +9,10 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import make_batch, trainer_config
 
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.types import RunError
+from tests.trainer.tiny import make_batch, trainer_config
 
 ZERO1_OVERLAPPED = {"optimizer": {"distributed": True, "overlap": True}}
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

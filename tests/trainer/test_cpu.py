@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import trainer_config
 
 from megatron_vespo.config import ConfigError
 from megatron_vespo.trainer import cpu
+from tests.trainer.tiny import make_batch, trainer_config
 
 CORE = Path(importlib.util.find_spec("megatron").submodule_search_locations[0]) / "core"
 
@@ -121,8 +121,6 @@ def test_a_late_installation_is_refused():
 
 
 def test_a_float32_and_a_bfloat16_trainer_run_where_cuda_is_not(pool, tiny_moe):
-    from conftest import make_batch
-
     batch = make_batch(4)
     exact = pool.grid(trainer_config(), tiny_moe).step(batch)
     cfg = trainer_config(data=2, expert=2, optimizer={"distributed": True}).model_copy(

@@ -15,7 +15,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch, trainer_config
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -38,6 +37,7 @@ from megatron_vespo.trainer.hf_weights import (
 )
 from megatron_vespo.trainer.layout import Groups
 from megatron_vespo.types import RunError
+from tests.trainer.tiny import make_batch, trainer_config
 
 MOE = ModelShape(
     num_layers=8, hidden_size=16, num_heads=4, num_groups=2, head_dim=8, ffn_size=24, vocab_size=32,
@@ -349,7 +349,7 @@ def fake_ranks(shape, layout, spec=0):
     """(chunks, groups) of every rank of a layout; all stages as long as one another."""
     layers = shape.num_layers // layout.pipeline // layout.virtual_pipeline
     for rank in range(layout.world_size):
-        groups = Groups(layout, rank, torch.device("cpu"), None, None, None, None, None)
+        groups = Groups(layout, rank, torch.device("cpu"), None, None)
         stage, chunks = groups.at.pipeline, []
         for chunk in range(layout.virtual_pipeline):
             first = stage == 0 and chunk == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import pytest
-from conftest import trainer_config
 
 from megatron_vespo.config import ConfigError, LayoutConfig
 from megatron_vespo.trainer.hf_config import ModelShape, read_model_shape
@@ -17,6 +16,7 @@ from megatron_vespo.trainer.layout import (
     nearest_valid,
     rank_name,
 )
+from tests.trainer.tiny import trainer_config
 
 SHAPE = ModelShape(
     num_layers=4, hidden_size=64, num_heads=4, num_groups=2, head_dim=16, ffn_size=96, vocab_size=272,

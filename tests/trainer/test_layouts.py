@@ -1,8 +1,9 @@
 """Every layout computes what one rank computes: the table behind docs/results.md.
 
 Gradients are gathered to Hugging Face names and compared with one rank's on the same weights, whose largest entry is
-about 0.1; sequences have uneven lengths and share microbatches. The scaling rule proved here is "sum, never average": no
-gradient depends on data, tensor, pipeline, context or expert ranks, nor on microbatches, order or padding.
+about 0.1; sequences have uneven lengths, share microbatches, and four of the six hold tokens of an environment. The
+scaling rule proved here is "sum, never average": no gradient depends on data, tensor, pipeline, context or expert ranks,
+nor on microbatches, order or padding.
 Not covered: CUDA, Transformer Engine.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import VESPO, largest_gap, trainer_config
+
+from tests.trainer.tiny import VESPO, largest_gap, trainer_config
 
 LAYOUTS = [
     {"max_tokens": 32},

@@ -36,13 +36,14 @@ GRIDS = [
 ]
 
 
-def sequence(num_tokens, num_prompt=1, uid="s", behavior=False):
+def sequence(num_tokens, num_prompt=1, uid="s", behavior=False, sampled=None):
     logp = -np.arange(num_tokens - num_prompt, dtype=np.float32) if behavior else None
     return TrainSequence(
         uid=uid,
         token_ids=np.arange(100, 100 + num_tokens, dtype=np.int32),
         num_prompt_tokens=num_prompt,
         behavior_logp=logp,
+        sampled=None if sampled is None else np.array(sampled, np.bool_),
     )
 
 
@@ -157,7 +158,11 @@ def batches(draw):
     grid = draw(st.sampled_from(GRIDS))
     layout = LayoutConfig(tensor=grid.tensor, context=grid.context, data=draw(st.sampled_from([1, 2, 3, 8])))
     sizes = draw(st.lists(st.tuples(st.integers(2, 40), st.integers(1, 39)), min_size=1, max_size=40))
-    batch = [sequence(n, min(p, n - 1), behavior=draw(st.booleans())) for n, p in sizes]
+    batch = []
+    for n, p in sizes:
+        p = min(p, n - 1)
+        mask = draw(st.none() | st.lists(st.booleans(), min_size=n - p, max_size=n - p))
+        batch.append(sequence(n, p, behavior=draw(st.booleans()), sampled=mask))
     return batch, layout, draw(st.integers(64, 300))
 
 
@@ -214,7 +219,8 @@ def test_the_benchmarks_goals_hold_for_a_smaller_batch(data, max_tokens, uniform
 
 def test_a_packed_microbatch_predicts_its_response_tokens_and_nothing_else():
     # inputs 100 .. 103 of sequence 1 (prompt of 2), then 100, 101 of sequence 0, then tail padding up to 8
-    batch = [sequence(3), sequence(5, num_prompt=2, behavior=True)]
+    # of the response 102 .. 104 an environment wrote 103
+    batch = [sequence(3), sequence(5, num_prompt=2, behavior=True, sampled=[True, False, True])]
     layout, mb = LayoutConfig(tensor=4), Microbatch((1, 0), 8)
     inputs = cut(batch, mb, layout, context_rank=0)
     assert inputs.tokens.tolist() == [[100, 101, 102, 103, 100, 101, 0, 0]]
@@ -225,7 +231,8 @@ def test_a_packed_microbatch_predicts_its_response_tokens_and_nothing_else():
     assert inputs.label.tolist() == [102, 103, 104, 101, 102]
     assert inputs.segment.tolist() == [0, 0, 0, 1, 1]
     assert inputs.token.tolist() == [2, 3, 4, 0, 1]  # sequence 0 has response tokens 0 and 1
-    np.testing.assert_array_equal(inputs.behavior_logp, np.array([0, -1, -2, np.nan, np.nan], np.float32))
+    assert inputs.trained.tolist() == [0, 2, 3, 4]
+    np.testing.assert_array_equal(inputs.behavior_logp, np.array([0, -2, np.nan, np.nan], np.float32))
     assert input_numbers(batch, mb, layout, context_rank=0).tolist() == [2, 3, 4, 5, 0, 1, -1, -1]
 
 
@@ -264,7 +271,10 @@ def test_a_dummy_is_one_segment_of_padding_that_predicts_nothing():
         assert inputs.tokens.tolist() == [[0, 0, 0, 0]]
         assert inputs.cu_seqlens.tolist() == [0, 8] and inputs.max_seqlen == 8
         assert not any(
-            map(len, (inputs.at, inputs.label, inputs.segment, inputs.token, inputs.behavior_logp))
+            map(
+                len,
+                (inputs.at, inputs.label, inputs.segment, inputs.token, inputs.trained, inputs.behavior_logp),
+            )
         )
         assert input_numbers(batch, mb, layout, context_rank=rank).tolist() == [-1] * 4
 
@@ -273,13 +283,14 @@ def test_a_dummy_is_one_segment_of_padding_that_predicts_nothing():
 @given(batches(), st.booleans())
 def test_context_ranks_together_predict_every_response_token_once(drawn, uniform):
     batch, layout, max_tokens = drawn
-    number, label, behavior = [], [], []
+    number, label, trained, behavior = [], [], [], []
     for mb in itertools.chain(*plan(batch, layout, max_tokens=max_tokens, uniform=uniform)):
         for rank in range(layout.context):
             inputs = cut(batch, mb, layout, context_rank=rank)
             assert inputs.tokens.shape == inputs.positions.shape == (1, mb.length // layout.context)
             number += inputs.token.tolist()
             label += inputs.label.tolist()
+            trained += inputs.token[inputs.trained].tolist()
             behavior += inputs.behavior_logp.tolist()
             # what stands at the place of a prediction is the token before it, at its position in the right sequence
             np.testing.assert_array_equal(inputs.tokens[0, inputs.at], inputs.label - 1)
@@ -293,7 +304,10 @@ def test_context_ranks_together_predict_every_response_token_once(drawn, uniform
     known = [
         np.full(s.num_response_tokens, np.nan) if s.behavior_logp is None else s.behavior_logp for s in batch
     ]
-    np.testing.assert_array_equal(np.array(behavior)[order], np.concatenate(known))
+    sampled = [np.ones(s.num_response_tokens, bool) if s.sampled is None else s.sampled for s in batch]
+    order, sampled = np.argsort(trained), np.concatenate(sampled)
+    np.testing.assert_array_equal(np.array(trained, int)[order], np.flatnonzero(sampled))
+    np.testing.assert_array_equal(np.array(behavior)[order], np.concatenate(known)[sampled])
 
 
 @settings(max_examples=100, deadline=None)

@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import VESPO, largest_gap, make_batch, trainer_config
 from transformers import AutoModelForCausalLM
 
 from megatron_vespo.types import RunError
+from tests.trainer.tiny import VESPO, largest_gap, make_batch, trained, trainer_config
 
 NUM_EXPERTS = 8
 
@@ -42,14 +42,14 @@ def test_gradients_under_replay_are_those_of_transformers_with_the_same_experts(
     pool, tiny_moe, foreign_batch
 ):
     model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32, attn_implementation="eager")
-    total = sum(s.num_response_tokens for s in foreign_batch)
+    total = sum(s.num_trained_tokens for s in foreign_batch)
     for s in foreign_batch:
         for layer, block in enumerate(model.model.layers):
             block.mlp.gate.forward = overwritten(block.mlp.gate, s.experts[:, layer])
         logits = model(torch.from_numpy(s.token_ids[None, :-1].astype(np.int64))).logits[0].log_softmax(-1)
         label = torch.from_numpy(s.token_ids[1:].astype(np.int64))
         logp = logits.gather(1, label[:, None])[s.num_prompt_tokens - 1 :, 0]
-        (-s.advantage * logp.sum() / total).backward()
+        (-s.advantage * logp[torch.from_numpy(trained(s))].sum() / total).backward()
     gradients = pool.grid(replaying("engine"), tiny_moe).gradients(foreign_batch)
     for name, parameter in model.named_parameters():
         if "experts" not in name:  # transformers fuses those; the router and all below depend on them

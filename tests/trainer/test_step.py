@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import VESPO, largest_gap, make_batch, trainer_config
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_vespo.config import AlgorithmConfig, ConfigError
 from megatron_vespo.types import RunError
+from tests.trainer.tiny import VESPO, largest_gap, make_batch, trained, trainer_config
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_two_updates_on_a_batch_are_two_steps_on_its_halves(pool, tiny_moe, mode
     for a, b in zip(both.scored, start, strict=True):
         np.testing.assert_allclose(a.logp, b.logp, atol=1e-6)
     drift = [
-        w - (x.logp - s.behavior_logp).sum()
+        w - (x.logp - s.behavior_logp)[trained(s)].sum()
         for w, x, s in zip(both.log_w, start, moderate_batch, strict=True)
     ]
     assert np.abs(drift[:3]).max() < 1e-4 < np.abs(drift[3:]).max()
@@ -275,6 +275,135 @@ def test_a_reference_of_another_architecture_is_refused(pool, tiny_moe, tiny_den
         ConfigError, match=r"algorithm\.reference = .* describes another model than the policy's"
     ):
         pool.grid(trainer_config(), tiny_moe, algorithm=algorithm)
+
+
+# ------------------------------------------------------------------------------------ tokens of an environment
+
+
+@pytest.mark.parametrize(
+    ("axes", "aggregation"),
+    [({}, "sequence_mean"), ({"tensor": 2, "context": 2, "max_tokens": 64}, "token_mean")],
+    ids=str,
+)
+def test_tokens_of_an_environment_count_for_nothing_as_in_float64(
+    pool, tiny_moe, moderate_batch, axes, aggregation, tmp_path
+):
+    algorithm = AlgorithmConfig(
+        name="vespo", aggregation=aggregation, kl_coeff=0.5, reference=spoiled_copy(tiny_moe, tmp_path)
+    )
+    expected = in_float64(tiny_moe, algorithm, moderate_batch)
+    grid = pool.grid(trainer_config(**axes), tiny_moe, algorithm=algorithm)
+    largest = max(np.abs(g).max() for g in expected["gradients"].values())  # of the loss without its penalty
+    assert largest_gap(grid.gradients(moderate_batch), expected["gradients"]) < 1e-5 * largest
+    step = grid.step(moderate_batch)
+    for scored, logp in zip(step.scored, expected["logp"], strict=True):  # of all tokens
+        np.testing.assert_allclose(scored.logp, logp, atol=1e-5)
+    np.testing.assert_allclose(step.log_w, expected["log_w"], atol=1e-5)
+    np.testing.assert_allclose(step.coefficient, expected["phi"], rtol=1e-4)
+    (update,) = step.updates
+    assert update.num_tokens == expected["num_tokens"] == 22 + 10 + 15 + 11 + 1 + 27
+    assert update.entropy == pytest.approx(expected["entropy"], rel=1e-5)
+    assert update.kl == pytest.approx(expected["kl"], rel=1e-4) and update.kl > 1e-3
+    assert update.loss == pytest.approx(expected["loss"], rel=1e-4)
+    assert update.grad_norm == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def in_float64(policy, algorithm, batch):
+    """The same with transformers: every mean is over sampled tokens alone."""
+    models = [
+        AutoModelForCausalLM.from_pretrained(d, dtype=torch.float64, experts_implementation="eager")
+        for d in (policy, algorithm.reference)
+    ]
+    num_tokens = sum(int(trained(s).sum()) for s in batch)
+    denominator = num_tokens if algorithm.aggregation == "token_mean" else len(batch)
+    everything, log_w, phi, loss, kl, entropy = [], [], [], 0.0, 0.0, 0.0
+    for s in batch:
+        sampled, behavior = torch.from_numpy(trained(s)), torch.from_numpy(s.behavior_logp)
+        ids = torch.from_numpy(s.token_ids[None].astype(np.int64))
+        whole, other = (m(ids).logits[0, s.num_prompt_tokens - 1 : -1].log_softmax(-1) for m in models)
+        logp, ref = (x.gather(1, ids[0, s.num_prompt_tokens :, None])[:, 0] for x in (whole, other))
+        everything.append(logp.detach().numpy())
+        log_w.append((logp.detach() - behavior)[sampled].sum().item())
+        k, lam = (2, 3) if s.advantage >= 0 else (3, 2)
+        phi.append(np.exp(k * log_w[-1] + lam * (1 - np.exp(log_w[-1]))))
+        loss = loss - s.advantage * phi[-1] * logp[sampled].sum() / denominator
+        r = ref.detach() - logp
+        kl = kl + (r.exp() - r - 1)[sampled].sum()
+        entropy -= float((whole.exp() * whole).sum(-1)[sampled].sum())
+    loss.backward(retain_graph=True)
+    gradients = {name: gradient.copy() for name, gradient in unfused(models[0])}
+    penalty = algorithm.kl_coeff * kl / denominator
+    penalty.backward()
+    return {
+        "num_tokens": num_tokens, "logp": everything, "log_w": log_w, "phi": phi, "entropy": entropy / num_tokens,
+        "kl": kl.item() / num_tokens, "loss": loss.item() + penalty.item(), "gradients": gradients,
+        "grad_norm": np.sqrt(sum(float(np.square(p.grad.numpy()).sum()) for p in models[0].parameters())),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", [{}, {"context": 2, "pipeline": 2, "max_tokens": 64}], ids=str)
+def test_a_mask_that_hides_nothing_and_what_it_hides_change_no_bit(pool, tiny_moe, moderate_batch, axes):
+    def results(batch):
+        grid = pool.grid(trainer_config(**axes), tiny_moe, algorithm=VESPO)
+        return grid.gradients(batch), grid.step(batch), grid.weights()
+
+    def assert_equal(a, b):
+        assert largest_gap(a[0], b[0]) == largest_gap(a[2], b[2]) == 0.0
+        assert a[1].updates == b[1].updates
+        np.testing.assert_array_equal(a[1].log_w, b[1].log_w)
+        np.testing.assert_array_equal(a[1].coefficient, b[1].coefficient)
+
+    maskless = [replace(s, sampled=None) for s in moderate_batch]
+    assert_equal(
+        results([replace(s, sampled=np.ones(s.num_response_tokens, bool)) for s in maskless]),
+        results(maskless),
+    )
+    spoiled = [
+        replace(s, behavior_logp=np.where(trained(s), s.behavior_logp, np.float32("nan")))
+        for s in moderate_batch
+    ]
+    assert_equal(results(spoiled), results(moderate_batch))
+
+
+def test_hidden_tokens_at_the_beginning_are_prompt_and_at_the_end_are_as_if_never_there(
+    pool, tiny_moe, moderate_batch
+):
+    _, _, beginning, end, *_ = moderate_batch
+    shorter = [
+        replace(
+            beginning,
+            num_prompt_tokens=beginning.num_prompt_tokens + 2,
+            behavior_logp=beginning.behavior_logp[2:],
+            sampled=None,
+        ),
+        replace(end, token_ids=end.token_ids[:-4], behavior_logp=end.behavior_logp[:-4], sampled=None),
+    ]
+    grid = pool.grid(trainer_config(), tiny_moe, algorithm=VESPO)
+    gradients = grid.gradients(shorter)
+    largest = max(np.abs(g).max() for g in gradients.values())
+    assert largest_gap(grid.gradients([beginning, end]), gradients) < 1e-5 * largest
+    step = grid.step([beginning, end])
+    expected = pool.grid(trainer_config(), tiny_moe, algorithm=VESPO).step(shorter)
+    np.testing.assert_allclose(step.log_w, expected.log_w, atol=1e-5)
+    np.testing.assert_allclose(step.coefficient, expected.coefficient, rtol=1e-4)
+    for field in ("loss", "entropy", "grad_norm", "num_tokens"):
+        assert getattr(step.updates[0], field) == pytest.approx(getattr(expected.updates[0], field), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (lambda num: np.zeros(num, bool), r"none of its \d+ response tokens was sampled"),
+        (lambda num: np.ones(num - 1, bool), r"sampled must hold \d+ booleans, .* bool of shape \[\d+\]"),
+        (lambda num: np.ones(num, np.int8), r"sampled must hold \d+ booleans, .* int8 of shape"),
+    ],
+)
+def test_an_unusable_mask_is_refused_before_anything_runs(pool, tiny_moe, batch, mask, message):
+    grid = pool.grid(trainer_config(), tiny_moe)
+    broken = replace(batch[1], sampled=mask(batch[1].num_response_tokens))
+    for method in (grid.step, grid.score):
+        with pytest.raises(RunError, match=f"sequence prompt-1: {message}"):
+            method([batch[0], broken])
 
 
 # ------------------------------------------------------------------------------------ other numbers

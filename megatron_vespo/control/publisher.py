@@ -1,0 +1,197 @@
+"""mu <- pi: the trainer's weights in every engine, confirmed before it serves; engines may be lost on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+
+from megatron_vespo.config import RolloutConfig
+from megatron_vespo.control.clock import bounded
+from megatron_vespo.rollout.fleet import Fleet
+from megatron_vespo.rollout.lifecycle import State
+from megatron_vespo.rollout.member import Member
+from megatron_vespo.rollout.weight_sync import PushOutcome, Target
+from megatron_vespo.types import RunError, Scored, SyncReport, TrainSequence
+
+logger = logging.getLogger(__name__)
+
+_MAX_PUSHES = 4
+"""Of one version to engines that were left incomplete because another one was lost."""
+
+
+class Source(Protocol):
+    """Where the weights come from: `actors.TrainerGroup`."""
+
+    async def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
+        """Push the weights that the ranks hold as `version`; None if they have trained on and hold newer ones."""
+        ...
+
+    async def score(self, sequences: Sequence[TrainSequence]) -> Sequence[Scored]:
+        """Log-probs under the weights that the ranks hold."""
+        ...
+
+
+@dataclass
+class _Tally:
+    """Of the pushes of one version."""
+
+    num_bytes: int = 0
+    num_lost: int = 0
+    gaps: list[float] = field(default_factory=list)
+    """Of the canary, nats, one for each engine that was confirmed."""
+    time_s: Counter[str] = field(default_factory=Counter)
+
+
+class FleetPublisher:
+    """types.Publisher over a fleet of engines.
+
+    An engine serves only when it took every tensor, holds the same weights as its peers (digest), and computes the
+    trainer's log-probs of the canary.  One that fails in any of this is lost: it is started again, and joins later.
+    """
+
+    def __init__(
+        self, source: Source, fleet: Fleet, canary: Sequence[TrainSequence], cfg: RolloutConfig
+    ) -> None:
+        """`canary`: fixed sequences on whose log-probs both engines must agree within cfg.canary_tolerance."""
+        self._source, self._fleet, self._canary, self._cfg = source, fleet, list(canary), cfg
+        self._turn = asyncio.Lock()
+        self._trained: tuple[int, Sequence[Scored]] = (-1, ())
+        self._digest = ""
+        self._changed: bool | None = None
+
+    async def publish(self, version: int) -> SyncReport:
+        """Return as soon as every engine that lives serves `version`; at least one.
+
+        Raises:
+            RunError: no engine could be made to serve it, or no engine computes what the trainer does.
+        """
+        began, tally = perf_counter(), _Tally()
+        async with self._turn:
+            for _ in range(_MAX_PUSHES):
+                if await self._push(version, tally):
+                    break
+        serving = self._num_serving(version)
+        if not serving:
+            raise RunError(
+                f"engines that serve version {version} = none after {_MAX_PUSHES} pushes: expected one at least; see what "
+                "was told about each engine above, and logs/"
+            )
+        return SyncReport(
+            version=version,
+            num_bytes=tally.num_bytes,
+            time_s={**tally.time_s, "publish": perf_counter() - began},
+            canary_abs_max=max(tally.gaps, default=0.0),
+            num_engines=serving,
+            num_lost=tally.num_lost,
+            changed=self._changed,
+        )
+
+    async def follow(self) -> None:
+        """For ever: give the weights to engines that were started again, or added, between two steps.
+
+        One that arrives during a step waits for the publication after it.
+        """
+        while True:
+            await self._fleet.newcomer()
+            async with self._turn:
+                if self._fleet.version is not None:  # before the first publication there is nothing to follow
+                    await self._push(self._fleet.version, _Tally())
+
+    async def _push(self, version: int, tally: _Tally) -> bool:
+        """Push to every engine that lives and is not at `version`; whether there is no more to do."""
+        members = await self._to_update(version)
+        if not members:
+            return True
+        with self._fleet.updating([member.name for member in members]):
+            outcome = await self._source.push([Target(m.name, m.url) for m in members], version)
+            if outcome is None:
+                return True
+            gaps = await self._confirm(outcome, members)
+        tally.num_bytes += outcome.num_bytes
+        tally.time_s.update(outcome.time_s)
+        tally.gaps += gaps
+        tally.num_lost += len(members) - len(gaps) - len(outcome.incomplete)
+        return self._num_serving(version) > 0 and not outcome.incomplete
+
+    def _num_serving(self, version: int) -> int:
+        return sum(m.state is State.SERVING and m.version == version for m in self._fleet.members)
+
+    async def _to_update(self, version: int) -> list[Member]:
+        """Engines that live and are not at `version`; waits for one to come back where none serves it."""
+        return await bounded(
+            self._fleet.to_update(version),
+            lambda: f"the trainer, for an engine to give version {version} to ({self._fleet.standing()})",
+            deadline_s=self._cfg.start_timeout_s + self._cfg.sync_timeout_s,
+            limit="rollout.start_timeout_s + rollout.sync_timeout_s",
+        )
+
+    async def _confirm(self, outcome: PushOutcome, members: Sequence[Member]) -> list[float]:
+        """Let the engines serve that hold and compute what they should, and lose the others; the canary's gaps.
+
+        Raises:
+            RunError: no engine is left that computes the trainer's log-probs: no restart mends that.
+        """
+        for name, why in outcome.failures.items():
+            self._fleet.lose(name, why)
+        complete = [
+            m.name for m in members if m.name not in outcome.failures and m.name not in outcome.incomplete
+        ]
+        digests = {name: outcome.digests[name] for name in complete if name in outcome.digests}
+        for name in (odd := odd_ones(digests)):
+            self._fleet.lose(name, f"holds other weights than its peers after the push of {outcome.version}")
+        self._note_change(digests.values())
+        trained = await self._canary_by_trainer(outcome.version)
+        scored = [name for name in complete if name not in odd]
+        gaps = dict(zip(scored, await asyncio.gather(*(self._gap(n, trained) for n in scored)), strict=True))
+        fine = {name: gap for name, gap in gaps.items() if gap <= self._cfg.canary_tolerance}
+        wrong = {name: gap for name, gap in gaps.items() if self._cfg.canary_tolerance < gap < math.inf}
+        for name, gap in wrong.items():
+            self._fleet.lose(name, self._canary_message(name, gap))
+        if wrong and not fine and all(m.state is not State.SERVING for m in self._fleet.members):
+            raise RunError(self._canary_message(*max(wrong.items(), key=lambda item: item[1])))
+        return [gap for name, gap in fine.items() if self._fleet.confirm(name, outcome.version)]
+
+    def _note_change(self, digests: Iterable[str]) -> None:
+        """Whether the push changed the engines' weights at all: a bfloat16 copy may not, at a small learning rate."""
+        if digest := next(iter(digests), None):
+            self._changed = digest != self._digest if self._digest else None
+            self._digest = digest
+
+    async def _canary_by_trainer(self, version: int) -> Sequence[Scored]:
+        if self._trained[0] != version:
+            self._trained = version, await self._source.score(self._canary)
+        return self._trained[1]
+
+    async def _gap(self, name: str, trained: Sequence[Scored]) -> float:
+        """Largest |trainer - engine| over the canary tokens, nats; infinite if the engine was lost over it."""
+        try:
+            served = await self._fleet.score_on(name, self._canary)
+        except RunError as err:
+            self._fleet.lose(name, f"did not score the canary: {err}")
+            return math.inf
+        return max(
+            float(np.abs(ours.logp - theirs.logp).max()) for ours, theirs in zip(trained, served, strict=True)
+        )
+
+    def _canary_message(self, name: str, gap: float) -> str:
+        return (
+            f"canary on {name} = {gap:.3g} nats apart: trainer and engine must agree within rollout.canary_tolerance = "
+            f"{self._cfg.canary_tolerance:g} on the same weights; the engine serves other weights, or computes in another "
+            "precision: compare dtypes, and see docs/numerics.md"
+        )
+
+
+def odd_ones(digests: Mapping[str, str]) -> list[str]:
+    """Engines whose digest is not that of more than half of them: of two that differ, both."""
+    if not digests:
+        return []
+    ((common, num),) = Counter(digests.values()).most_common(1)
+    return [name for name, digest in digests.items() if digest != common or 2 * num <= len(digests)]

@@ -1,0 +1,264 @@
+"""Weights through a process group of the trainer's rank 0 and the engines' ranks: one broadcast a bucket.
+
+With NCCL there is one group for all engines, whose time does not grow with their number; when it breaks, all in it need
+another push.  With gloo every engine has its own: a gloo broadcast that has lost a receiver cannot be interrupted, and in a
+common group the receivers behind that one would hang as long as it does.  A group stands until its engines change or it
+breaks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import (
+    Backend,
+    PrefixStore,
+    ProcessGroup,
+    Store,
+    _new_process_group_helper,
+    _world,
+)
+
+from megatron_vespo.rollout.buckets import Bucket, Named, host_memory, in_thread, pack, wire
+from megatron_vespo.rollout.engine_control import (
+    EngineControl,
+    Fleet,
+    Identity,
+    Interrupted,
+    Lost,
+    Refused,
+    all_within,
+    left_s,
+)
+from megatron_vespo.types import RunError
+
+POLL_S = 0.002
+NOT_RECEIVED = "Failed to receive weights"
+"""How SGLang's refusal begins when the group broke under it, and not the loading."""
+
+_Key = tuple[Identity, ...]
+
+
+class Broadcast:
+    """The transport for engines anywhere."""
+
+    reaches_replicas = False
+    in_session = True
+
+    def __init__(self, backend: str, device: torch.device, staging_bytes: int) -> None:
+        """
+        Args:
+            backend: "gloo" or "nccl".
+            device: NCCL's, of this rank.
+        """
+        self.staging_bytes: float = staging_bytes
+        self._backend = backend
+        self._device = torch.device("cpu") if backend == "gloo" else device
+        self._groups: dict[_Key, _Group] = {}
+
+    async def connect(self, fleet: Fleet) -> None:
+        """Meet the engines that have no group yet; of a group of several, as often as some of them do not come."""
+        while missing := {key: part for key, part in self._parts(fleet).items() if key not in self._groups}:
+            await self._leave_outdated(fleet)
+            meetings = {key: _Group.meet(part, self._backend, fleet) for key, part in missing.items()}
+            for key, group in (await all_within(meetings, fleet.until)).items():
+                if isinstance(group, RunError):
+                    _drop(fleet, missing[key], group)
+                else:
+                    self._groups[key] = group
+
+    async def prepare(self, named: list[Named], staged: bool) -> Bucket:
+        """Staged buckets are in host memory, from which they go to the device of the broadcast one by one."""
+        return await in_thread(pack, named, host_memory(self._device) if staged else self._empty)
+
+    async def transfer(self, buckets: AsyncIterator[Bucket], fleet: Fleet) -> None:
+        async for bucket in buckets:
+            parts = self._parts(fleet)
+            sends = {
+                key: self._groups[key].broadcast(part, bucket, self._device, fleet)
+                for key, part in parts.items()
+            }
+            for key, problem in (await all_within(sends, fleet.until)).items():
+                if problem is not None:
+                    self._groups.pop(key).abort()
+                    _drop(fleet, parts[key], problem)
+            if not fleet.active:
+                return
+
+    async def close(self, fleet: Fleet) -> None:
+        await asyncio.gather(*(group.leave(fleet) for group in self._groups.values()))
+        self._groups.clear()
+
+    def _empty(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def _parts(self, fleet: Fleet) -> dict[_Key, list[EngineControl]]:
+        """The active engines by group."""
+        parts = [[engine] for engine in fleet.active] if self._backend == "gloo" else [fleet.active]
+        return {tuple(engine.identity for engine in part): part for part in parts if part}
+
+    async def _leave_outdated(self, fleet: Fleet) -> None:
+        """Leave the groups of engines that are to be in another now; those of engines that are not asked for stand."""
+        wanted, names = self._parts(fleet), {engine.name for engine in fleet.active}
+        for key in list(self._groups):
+            if key not in wanted and names & {identity.name for identity in key}:
+                await self._groups.pop(key).leave(fleet)
+
+
+class _Broken(RunError):
+    """A group failed, and each of its engines has its own part in that."""
+
+    def __init__(self, parts: Mapping[EngineControl, RunError]) -> None:
+        super().__init__("; ".join(map(str, parts.values())))
+        self.parts = parts
+
+
+def _drop(fleet: Fleet, engines: Sequence[EngineControl], problem: RunError) -> None:
+    parts = problem.parts if isinstance(problem, _Broken) else dict.fromkeys(engines, problem)
+    for engine, part in parts.items():
+        fleet.drop(engine, part)
+
+
+class _Group(NamedTuple):
+    """We are rank 0, the engines' tensor-parallel ranks are 1 .. R."""
+
+    name: str
+    process_group: ProcessGroup
+    store: TCPStore
+
+    @classmethod
+    async def meet(cls, engines: Sequence[EngineControl], backend: str, fleet: Fleet) -> _Group:
+        """Open a TCP store, invite the engines, and form the group once somebody has come.
+
+        Raises:
+            _Broken: naming those that declined or did not come.
+        """
+        name, size = f"megatron_vespo_{uuid.uuid4().hex}", 1 + sum(engine.num_ranks for engine in engines)
+        timeout = timedelta(seconds=2 * fleet.timeout_s)  # never the first to run out
+        host = _address_seen_by(engines[0].url)
+        store = TCPStore(host, 0, size, is_master=True, timeout=timeout, wait_for_workers=False)
+        invited, offset = {}, 1
+        for engine in engines:
+            place = {"master_address": _address_seen_by(engine.url), "master_port": store.port}
+            terms = {"rank_offset": offset, "world_size": size, "group_name": name, "backend": backend}
+            invited[engine] = asyncio.ensure_future(engine.post("/init_weights_update_group", place | terms))
+            offset += engine.num_ranks
+        # An engine that declines never joins, and forming a group would wait for it.
+        while store.num_keys() == 0 and not any(ask.done() for ask in invited.values()):
+            await asyncio.sleep(POLL_S)
+        forming = in_thread(_form, backend, PrefixStore(name, store), size, name, timeout)
+        if await _all_well([forming, *invited.values()], fleet.until):
+            return cls(name, forming.result(), store)
+        parts = await _parts_in(invited, fleet.grace_s)
+        raise _Broken({e: why for e, why in parts.items() if not isinstance(why, Interrupted)} or parts)
+
+    async def broadcast(
+        self, engines: Sequence[EngineControl], bucket: Bucket, device: torch.device, fleet: Fleet
+    ) -> None:
+        """Send one bucket and have it loaded.
+
+        Raises:
+            _Broken: the group must not be used any more.
+        """
+        request = {
+            **wire(bucket),
+            "group_name": self.name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        asked = {
+            engine: asyncio.ensure_future(engine.post("/update_weights_from_distributed", request))
+            for engine in engines
+        }
+        sending = in_thread(self._send, bucket.flat, device, left_s(fleet.until))
+        try:
+            if not await _all_well([sending, *asked.values()], fleet.until):
+                self.abort()
+                raise _Broken(await _parts_in(asked, fleet.grace_s))
+        finally:
+            for ask in asked.values():
+                ask.cancel()
+
+    def _send(self, flat: Tensor, device: torch.device, timeout_s: float) -> None:
+        """Return when the bytes are through.  NCCL blocks already here, when its communicator is first made."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.timeout = timedelta(seconds=timeout_s)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
+        flat = flat.to(device, non_blocking=True)
+        self.process_group.broadcast([flat], options).wait()
+        if flat.is_cuda:
+            torch.cuda.current_stream(device).synchronize()
+
+    def abort(self) -> None:
+        """Give the group up at once.  What gloo has under way ends at its deadline, in a thread that nobody waits for."""
+        if self.process_group not in _world.pg_map:
+            return
+        if self.process_group.name() == "nccl":
+            self.process_group.abort()  # else our own kernel waits for the engines' for ever
+        dist.destroy_process_group(self.process_group)
+
+    async def leave(self, fleet: Fleet) -> None:
+        """Destroy the group on both ends; who is gone already has destroyed it."""
+        request = {"group_name": self.name}
+        asks = {engine: engine.post("/destroy_weights_update_group", request) for engine in fleet.active}
+        await all_within(asks, time.monotonic() + fleet.grace_s)
+        self.abort()
+
+
+async def _all_well(asks: Sequence[asyncio.Future[Any]], until: float) -> bool:
+    """Whether all come to a good end; returns early if one does not."""
+    await asyncio.wait(asks, timeout=left_s(until), return_when=asyncio.FIRST_EXCEPTION)
+    return all(ask.done() and ask.exception() is None for ask in asks)
+
+
+async def _parts_in(
+    asked: Mapping[EngineControl, asyncio.Future[Any]], grace_s: float
+) -> dict[EngineControl, RunError]:
+    """What each engine has to do with a group that broke."""
+    await asyncio.wait(asked.values(), timeout=grace_s)
+    return {engine: _part_in(engine, ask) for engine, ask in asked.items()}
+
+
+def _part_in(engine: EngineControl, ask: asyncio.Future[Any]) -> RunError:
+    if not ask.done():
+        ask.cancel()
+        return Lost(f"engine {engine.name} = no answer: it hangs in a weight transfer; see its log")
+    err = ask.exception()
+    if isinstance(err, Refused) and NOT_RECEIVED not in str(err):
+        return err
+    if isinstance(err, Lost):
+        return err
+    return Interrupted(f"engine {engine.name} = half updated: the transfer to it broke off ({err})")
+
+
+def _form(backend: str, store: Store, size: int, name: str, timeout: timedelta) -> ProcessGroup:
+    """Join as rank 0 a group outside the default one.
+
+    torch has no public call for a group with processes of another world; SGLang's side is made by the same private
+    helper, whose key prefixes in the store both sides must share.
+    """
+    make: Any = _new_process_group_helper  # its types differ between torch versions
+    group, _ = make(size, 0, [], Backend(backend), store, group_name=name, timeout=timeout)
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(size)}  # destroy_process_group looks there
+    return group
+
+
+def _address_seen_by(url: str) -> str:
+    """Our own address on the route to the engine; connecting a UDP socket sends nothing."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname, parts.port or 80))
+        return probe.getsockname()[0]

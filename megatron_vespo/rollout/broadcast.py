@@ -30,7 +30,7 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
-from megatron_vespo.rollout.buckets import Bucket, Named, host_memory, in_thread, pack, wire
+from megatron_vespo.rollout.buckets import Bucket, Named, forget, host_memory, in_thread, pack, wire
 from megatron_vespo.rollout.engine_control import (
     EngineControl,
     Fleet,
@@ -91,7 +91,7 @@ class Broadcast:
             }
             for key, problem in (await all_within(sends, fleet.until)).items():
                 if problem is not None:
-                    self._groups.pop(key).abort()
+                    del self._groups[key]
                     _drop(fleet, parts[key], problem)
             if not fleet.active:
                 return
@@ -152,14 +152,15 @@ class _Group(NamedTuple):
         for engine in engines:
             place = {"master_address": _address_seen_by(engine.url), "master_port": store.port}
             terms = {"rank_offset": offset, "world_size": size, "group_name": name, "backend": backend}
-            invited[engine] = asyncio.ensure_future(engine.post("/init_weights_update_group", place | terms))
+            invited[engine] = _ask(engine, "/init_weights_update_group", place | terms)
             offset += engine.num_ranks
         # An engine that declines never joins, and forming a group would wait for it.
         while store.num_keys() == 0 and not any(ask.done() for ask in invited.values()):
             await asyncio.sleep(POLL_S)
-        forming = in_thread(_form, backend, PrefixStore(name, store), size, name, timeout)
-        if await _all_well([forming, *invited.values()], fleet.until):
-            return cls(name, forming.result(), store)
+        if not any(ask.done() and ask.exception() for ask in invited.values()):
+            forming = in_thread(_form, backend, PrefixStore(name, store), size, name, timeout)
+            if await _all_well([forming, *invited.values()], fleet.until):
+                return cls(name, forming.result(), store)
         parts = await _parts_in(invited, fleet.grace_s)
         raise _Broken({e: why for e, why in parts.items() if not isinstance(why, Interrupted)} or parts)
 
@@ -177,18 +178,16 @@ class _Group(NamedTuple):
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
-        asked = {
-            engine: asyncio.ensure_future(engine.post("/update_weights_from_distributed", request))
-            for engine in engines
-        }
+        asked = {engine: _ask(engine, "/update_weights_from_distributed", request) for engine in engines}
         sending = in_thread(self._send, bucket.flat, device, left_s(fleet.until))
+        well = False
         try:
-            if not await _all_well([sending, *asked.values()], fleet.until):
-                self.abort()
-                raise _Broken(await _parts_in(asked, fleet.grace_s))
+            well = await _all_well([sending, *asked.values()], fleet.until)
         finally:
-            for ask in asked.values():
-                ask.cancel()
+            if not well:  # or cut off, because it lags behind other groups
+                self.abort()
+        if not well:
+            raise _Broken(await _parts_in(asked, fleet.grace_s))
 
     def _send(self, flat: Tensor, device: torch.device, timeout_s: float) -> None:
         """Return when the bytes are through.  NCCL blocks already here, when its communicator is first made."""
@@ -204,11 +203,10 @@ class _Group(NamedTuple):
 
     def abort(self) -> None:
         """Give the group up at once.  What gloo has under way ends at its deadline, in a thread that nobody waits for."""
-        if self.process_group not in _world.pg_map:
-            return
         if self.process_group.name() == "nccl":
             self.process_group.abort()  # else our own kernel waits for the engines' for ever
-        dist.destroy_process_group(self.process_group)
+        if self.process_group in _world.pg_map:
+            dist.destroy_process_group(self.process_group)
 
     async def leave(self, fleet: Fleet) -> None:
         """Destroy the group on both ends; who is gone already has destroyed it."""
@@ -216,6 +214,12 @@ class _Group(NamedTuple):
         asks = {engine: engine.post("/destroy_weights_update_group", request) for engine in fleet.active}
         await all_within(asks, time.monotonic() + fleet.grace_s)
         self.abort()
+
+
+def _ask(engine: EngineControl, path: str, payload: Mapping[str, Any]) -> asyncio.Future[Any]:
+    asked = asyncio.ensure_future(engine.post(path, payload))
+    asked.add_done_callback(forget)
+    return asked
 
 
 async def _all_well(asks: Sequence[asyncio.Future[Any]], until: float) -> bool:

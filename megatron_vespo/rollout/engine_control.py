@@ -121,7 +121,8 @@ class EngineControl:
         except Refused as err:
             self._has_session = err.status != 404
             if self._has_session:
-                await self.end()
+                with contextlib.suppress(Refused):  # there was none to end
+                    await self.end()
                 await self.post("/begin_weight_update", {})
 
     async def end(self) -> None:

@@ -181,7 +181,9 @@ class FakeEngine:
         return web.json_response(reply(answers) if reply else answers)
 
     def _scored(self, ids):
-        rows = [[[(p + self.version) % 8, (p + self.version + 1) % 8]] * NUM_LAYERS for p in range(len(ids) - 1)]
+        rows = [
+            [[(p + self.version) % 8, (p + self.version + 1) % 8]] * NUM_LAYERS for p in range(len(ids) - 1)
+        ]
         return {
             "meta_info": {
                 "finish_reason": {"type": "length", "length": 0},

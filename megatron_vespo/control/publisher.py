@@ -172,7 +172,9 @@ class FleetPublisher:
 
     async def _gap(self, name: str, trained: Sequence[Scored]) -> float:
         """Largest |trainer - engine| over the canary tokens, nats; infinite if the engine was lost over it."""
-        limit_s = self._cfg.sync_timeout_s  # nothing else bounds it: deadlines stand still while weights are pushed
+        limit_s = (
+            self._cfg.sync_timeout_s
+        )  # nothing else bounds it: deadlines stand still while weights are pushed
         try:
             async with asyncio.timeout(limit_s):
                 served = await self._fleet.score_on(name, self._canary)

@@ -166,9 +166,7 @@ def _speaking(cfg: TrainConfig, fleet: Fleet, environment: Environment | None) -
     if environment is None:
         return fleet
     talk = cfg.environment
-    return Conversations(
-        fleet, environment, max_turns=talk.max_turns, reply_timeout_s=talk.timeout_s
-    )
+    return Conversations(fleet, environment, max_turns=talk.max_turns, reply_timeout_s=talk.timeout_s)
 
 
 def _failures(judge: Verifier, engine: Engine) -> dict[str, int]:

@@ -108,6 +108,21 @@ def test_the_responses_of_a_prompt_go_to_one_engine_as_one_request(served_model)
     assert len(set(firsts(responses))) == 4
 
 
+def test_a_long_prompt_is_sent_ahead_of_its_responses(served_model):
+    long = Prompt(uid="l", token_ids=np.arange(1100, dtype=np.int32) % 250, text="", answer="")
+
+    async def work(case):
+        await case.fleet.sample(long, 2, SAMPLING)  # saves 1100
+        await case.fleet.sample(long, 3, SAMPLING)  # saves 2200
+        return case.engines[0].requests
+
+    engine = FakeEngine("engine 0", num_prompt=1100)
+    requests = run(served_model, work, engines=[engine])
+    assert [len(r["input_ids"]) for r in requests] == [2, 1, 3]
+    assert requests[1]["sampling_params"] == {"max_new_tokens": 0}
+    assert requests[1]["input_ids"][0] == long.token_ids.tolist()
+
+
 def test_top_p_goes_through(served_model):
     async def work(case):
         await case.fleet.sample(PROMPT, 1, Sampling(temperature=1.0, max_tokens=2, top_p=0.8))

@@ -142,9 +142,8 @@ class _Group:
     def __init__(self, name: str, members: _Key, process_group: ProcessGroup, store: TCPStore) -> None:
         self._name = name
         self._members = members
-        self._process_group = process_group
+        self._process_group: ProcessGroup | None = process_group
         self._store = store  # the engines may still look into it
-        self._given_up = False
 
     @classmethod
     async def meet(cls, engines: Sequence[EngineControl], backend: str, fleet: Fleet) -> _Group:
@@ -209,19 +208,18 @@ class _Group:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
         flat = flat.to(device, non_blocking=True)
+        assert self._process_group is not None, "a group that was given up"
         self._process_group.broadcast([flat], options).wait()
         if flat.is_cuda:
             torch.cuda.current_stream(device).synchronize()
 
-    def abort(self) -> None:
-        """Give the group up at once.  What gloo has under way ends at its deadline, in a thread that nobody waits for."""
-        if self._given_up:
-            return
-        self._given_up = True
-        if self._process_group.name() == "nccl":
-            self._process_group.abort()  # else our own kernel waits for the engines' for ever
-        if self._process_group in _world.pg_map:  # else the trainer has destroyed all groups before us
-            dist.destroy_process_group(self._process_group)
+    def abort(self) -> asyncio.Future[None]:
+        """Give the group up; its connections close, which frees engines that wait for us, unless gloo has something under way.
+
+        That cannot be interrupted, and ends at its deadline.  Hence the thread, for which nobody need wait.
+        """
+        group, self._process_group = self._process_group, None
+        return in_thread(_destroy, group)
 
     async def leave(self, fleet: Fleet) -> None:
         """Destroy the group on both ends; who is gone already has destroyed it."""
@@ -232,7 +230,7 @@ class _Group:
             if (engine.name, engine.url) in [identity[:2] for identity in self._members]
         }
         await all_within(asks, time.monotonic() + fleet.grace_s)
-        self.abort()
+        await asyncio.wait([self.abort()], timeout=fleet.grace_s)
 
 
 def _raise_problems(answers: Mapping[EngineControl, Any]) -> None:
@@ -291,6 +289,15 @@ def _form(backend: str, store: Store, size: int, name: str, timeout: timedelta) 
     group, _ = make(size, 0, [], Backend(backend), store, group_name=name, timeout=timeout)
     _world.pg_group_ranks[group] = {rank: rank for rank in range(size)}  # destroy_process_group looks there
     return group
+
+
+def _destroy(group: ProcessGroup | None) -> None:
+    if group is None:
+        return
+    if group.name() == "nccl":
+        group.abort()  # else our own kernel waits for the engines' for ever
+    if group in _world.pg_map:  # else the trainer has destroyed all groups before us
+        dist.destroy_process_group(group)
 
 
 def _address_seen_by(url: str) -> str:

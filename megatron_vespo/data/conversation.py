@@ -76,7 +76,7 @@ class Conversations:
                 talk.cancel()
             await asyncio.gather(*talks, return_exceptions=True)
 
-    async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
+    async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored | None, ...]:
         """What the engine says: scoring knows no turns."""
         return await self._engine.score(sequences)
 

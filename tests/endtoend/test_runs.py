@@ -299,13 +299,13 @@ def test_a_dense_model_trains_synchronously_from_jsonl_and_nothing_outlives_a_ki
 
 
 def test_a_run_whose_driver_was_killed_goes_on_with_the_prompts_that_are_left(place, start):
-    """Conversations of two turns from here on, judged by a function of the user's, on the same run."""
+    """It has conversations of two turns from here on, judged by a function of the user's."""
     strangers = Path(__file__).with_name("strangers.py")
     run = start(
         *dense(
             place, "loop.num_steps=6", f"environment.name={strangers}:Insists", "environment.max_turns=2",
             "reward.verifier=function", f"reward.function={strangers}:parity", "loop.filter_groups=true",
-            f"evaluation.sets.again={place / 'inputs' / 'heldout.parquet'}", "evaluation.every=3",
+            "sampling.max_response_tokens=90",  # long enough for an untrained model to end a turn by chance
         ),
         "--resume", "auto",
     )  # fmt: skip

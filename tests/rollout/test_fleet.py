@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
-from fake_engine import FakeEngine, expected_experts, expected_logp
+from tests.rollout.fake_engine import FakeEngine, expected_experts, expected_logp
 
 from megatron_vespo.config import ConfigError, RolloutConfig
 from megatron_vespo.rollout import lifecycle, member
@@ -677,6 +677,22 @@ def test_scores_come_in_order_and_from_the_newest_weights(served_model):
     scored = run(served_model, work)
     assert [s.logp.tolist() for s in scored] == [pytest.approx([-0.1] * n) for n in (1, 3, 2)]
     assert [s.experts.shape for s in scored] == [(2, 4, 2), (4, 4, 2), (3, 4, 2)]
+
+
+def test_a_scoring_does_not_wait_for_engines_that_come_back_with_other_weights(served_model):
+    """One engine dies with the scoring under way; it is back at once, but not confirmed: there is nobody to ask."""
+    given = [TrainSequence(uid="s", token_ids=np.arange(4, dtype=np.int32), num_prompt_tokens=2)] * 3
+
+    async def work(case):
+        await case.engines[0].die()
+        await case.until(lambda: case.member(0).state is State.STALE)
+        nobody = await case.fleet.score(given)
+        await case.push(1)
+        return nobody, await case.fleet.score(given)
+
+    nobody, somebody = run(served_model, work, num=1)
+    assert nobody == (None, None, None)
+    assert [s.logp.tolist() for s in somebody] == [pytest.approx([-0.1] * 2)] * 3
 
 
 class Chaos:

@@ -216,10 +216,19 @@ class _Group:
     def abort(self) -> asyncio.Future[None]:
         """Give the group up; its connections close, which frees engines that wait for us, unless gloo has something under way.
 
-        That cannot be interrupted, and ends at its deadline.  Hence the thread, for which nobody need wait.
+        That cannot be interrupted and ends at its deadline.  Hence the thread, for which nobody need wait.
         """
+        return in_thread(self._destroy)
+
+    def _destroy(self) -> None:
         group, self._process_group = self._process_group, None
-        return in_thread(_destroy, group)
+        if group is None:
+            return
+        if group.name() == "nccl":
+            group.abort()  # else our own kernel waits for the engines' for ever
+        if group in _world.pg_map:  # else the trainer has destroyed all groups before us
+            dist.destroy_process_group(group)
+        # The last reference is dropped here: gloo then waits for what is under way.
 
     async def leave(self, fleet: Fleet) -> None:
         """Destroy the group on both ends; who is gone already has destroyed it."""
@@ -289,15 +298,6 @@ def _form(backend: str, store: Store, size: int, name: str, timeout: timedelta) 
     group, _ = make(size, 0, [], Backend(backend), store, group_name=name, timeout=timeout)
     _world.pg_group_ranks[group] = {rank: rank for rank in range(size)}  # destroy_process_group looks there
     return group
-
-
-def _destroy(group: ProcessGroup | None) -> None:
-    if group is None:
-        return
-    if group.name() == "nccl":
-        group.abort()  # else our own kernel waits for the engines' for ever
-    if group in _world.pg_map:  # else the trainer has destroyed all groups before us
-        dist.destroy_process_group(group)
 
 
 def _address_seen_by(url: str) -> str:

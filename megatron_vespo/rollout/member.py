@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 
@@ -22,6 +22,8 @@ from megatron_vespo.rollout.failures import EngineFailure, Failed, Lost, Silent
 from megatron_vespo.rollout.lifecycle import Life, Pulse, State
 from megatron_vespo.rollout.server import EngineProcess
 from megatron_vespo.types import RunError
+
+T = TypeVar("T")
 
 LOOK_EVERY_S = 1.0
 HEALTH_EVERY_S = 10.0
@@ -314,15 +316,23 @@ class Member:
         if not self._calls:
             if _now() - self._healthy_at < min(HEALTH_EVERY_S, self._cfg.stall_timeout_s / 4):
                 return
-            if await self._client.is_healthy():
+            if await self._soon(self._client.is_healthy()):
                 self._healthy_at = _now()
                 self._pulse.beat(_now())
             return
-        load = await self._client.load()
+        load = await self._soon(self._client.load())
         if load is not None and not self._lost.is_set():
             self._pulse.count(load.counted, _now())
             self.tokens_s = load.tokens_s
             self._owner.observed(self, load)
+
+    async def _soon(self, answer: Awaitable[T]) -> T | None:
+        """What an engine says that has not much time for it: of its silence several fit into `stall_timeout_s`."""
+        try:
+            async with asyncio.timeout(self._cfg.stall_timeout_s / 4):
+                return await answer
+        except TimeoutError:
+            return None
 
     async def _death_report(self) -> str | None:
         try:

@@ -75,7 +75,9 @@ class Broadcast:
         while missing := {key: part for key, part in self._parts(fleet).items() if key not in self._groups}:
             await self._leave_outdated(fleet)
             meetings = {key: _Group.meet(part, self._backend, fleet) for key, part in missing.items()}
-            for key, group in (await all_within(meetings, math.inf)).items():  # each has its deadline
+            for key, group in (
+                await all_within(meetings, math.inf, fleet.straggler_s)
+            ).items():  # each has its deadline
                 if isinstance(group, RunError):
                     _drop(fleet, missing[key], group)
                 else:
@@ -92,7 +94,9 @@ class Broadcast:
                 key: self._groups[key].broadcast(part, bucket, self._device, fleet)
                 for key, part in parts.items()
             }
-            for key, problem in (await all_within(sends, math.inf)).items():  # each has its deadline
+            for key, problem in (
+                await all_within(sends, math.inf, fleet.straggler_s)
+            ).items():  # each has its deadline
                 if problem is not None:
                     self._broken.append(self._groups.pop(key))
                     _drop(fleet, parts[key], problem)

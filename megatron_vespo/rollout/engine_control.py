@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -190,6 +191,7 @@ class Fleet:
         self.timeout_s = timeout_s
         self.grace_s = min(GRACE_S, timeout_s / 8)
         """For each of the steps that follow a failure, of which three are kept."""
+        self.straggler_s = min(STRAGGLER_S, timeout_s / 8)
         self.until = time.monotonic() + timeout_s - 3 * self.grace_s
         self.active = list(engines)
         self.failures: dict[str, str] = {}
@@ -198,7 +200,7 @@ class Fleet:
     async def each(self, ask: Callable[[EngineControl], Awaitable[T]]) -> dict[EngineControl, T]:
         """Ask all active servers at once; return the answers, and drop who gave none."""
         asks = {engine: ask(engine) for engine in self.active}
-        return self.sort_out(await all_within(asks, self.until, min(STRAGGLER_S, self.timeout_s / 8)))
+        return self.sort_out(await all_within(asks, self.until, self.straggler_s))
 
     def sort_out(self, answers: Mapping[EngineControl, T | RunError]) -> dict[EngineControl, T]:
         """Drop who gave an error, and return the others' answers."""
@@ -223,7 +225,7 @@ def left_s(until: float) -> float:
 
 
 async def all_within(
-    asks: Mapping[K, Awaitable[T]], until: float, straggler_s: float = STRAGGLER_S
+    asks: Mapping[K, Awaitable[T]], until: float, straggler_s: float = math.inf
 ) -> dict[K, T | RunError]:
     """What each returned, or the RunError that it raised; `Lost` for those cut off at the deadline or as stragglers."""
     began = time.monotonic()

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_vespo.data.demo import write_tiny_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.control.chaos import FAULTS, PROMPTS, STALENESS, config, suffer_in_the_middle  # noqa: E402
+from tests.control.chaos import FAULTS, PROMPTS, STALENESS, config, suffer_in_the_middle
 
 
 def main() -> None:
@@ -28,11 +28,11 @@ def main() -> None:
         root = Path(place)
         write_tiny_model(root / "model", seed=0)
         limits = config(root).rollout
-        print(
+        _say(
             f"stall_timeout_s = {limits.stall_timeout_s:g}, sync_timeout_s = {limits.sync_timeout_s:g}; a simulated engine "
             "restarts in 1 s after a pause of 1 s"
         )
-        print(
+        _say(
             f"{'fault':36s} {'recovery s':>10s} {'longest step s':>14s} {'usual s':>8s} {'lost':>5s} {'twice':>6s} {'stale':>6s}"
         )
         for number, fault in enumerate(FAULTS):
@@ -43,11 +43,15 @@ def main() -> None:
             wanted = set(range(PROMPTS * len(seen.steps)))
             lost, twice = len(wanted - set(seen.ordinals)), len(seen.ordinals) - len(set(seen.ordinals))
             recovery = f"{seen.recovery_s:.1f}" if fault.loses else "-"
-            print(
+            _say(
                 f"{fault.name:36s} {recovery:>10s} {seen.longest_step_s:14.1f} {seen.usual_step_s:8.2f} {lost:5d} {twice:6d} "
                 f"{seen.staleness_max:3d}<={STALENESS}",
-                flush=True,
             )
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ class Member:
         try:
             async with asyncio.timeout(self._cfg.request_timeout_s) as scope:
                 with self._under_way(_Call(rids, scope)):
-                    return await self._client.generate({**fields, "rid": rids})
+                    return await self._client.generate({**fields, **self._cache_key(prefix), "rid": rids})
         except TimeoutError:
             if self._lost.is_set() or self.life.starts != starts:
                 raise Lost(self._why_lost) from None
@@ -203,6 +203,16 @@ class Member:
         except asyncio.CancelledError:
             self._in_background(self._client.abort(rids))
             raise
+
+    def _cache_key(self, unique: str) -> dict[str, str]:
+        """Of whose cached prefixes a request may share.
+
+        A push that freezes requests in place cannot flush the cache: what was computed under other weights is told by its
+        key, and while it is not known which weights a request will meet, it shares nothing.
+        """
+        if self._cfg.partial_rollouts != "in_place":
+            return {}
+        return {"extra_key": unique if self._num_updating else f"version {self.version}"}
 
     @contextmanager
     def updating(self) -> Iterator[None]:

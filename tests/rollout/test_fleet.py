@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
-from tests.rollout.fake_engine import FakeEngine, expected_experts, expected_logp
 
 from megatron_vespo.config import ConfigError, RolloutConfig
 from megatron_vespo.rollout import lifecycle, member
 from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.lifecycle import State
 from megatron_vespo.types import Prompt, RunError, Sampling, TrainSequence
+from tests.rollout.fake_engine import FakeEngine, expected_experts, expected_logp
 
 PROMPT = Prompt(uid="p", token_ids=np.array([9, 8, 7], np.int32), text="", answer="")
 SAMPLING = Sampling(temperature=0.7, max_tokens=6)
@@ -121,6 +121,22 @@ def test_a_long_prompt_is_sent_ahead_of_its_responses(served_model):
     assert [len(r["input_ids"]) for r in requests] == [2, 1, 3]
     assert requests[1]["sampling_params"] == {"max_new_tokens": 0}
     assert requests[1]["input_ids"][0] == long.token_ids.tolist()
+
+
+def test_where_the_cache_outlives_a_push_no_prefix_of_other_weights_is_shared(served_model):
+    async def work(case):
+        await case.fleet.sample(PROMPT, 1, SAMPLING)
+        with case.fleet.updating(["engine 0"]):
+            for _ in range(2):  # nobody knows whether these meet old or new weights
+                await case.fleet.sample(PROMPT, 1, SAMPLING)
+        await case.push(1)
+        await case.fleet.sample(PROMPT, 1, SAMPLING)
+        return [request.get("extra_key") for request in case.engines[0].requests]
+
+    before, one, other, after = run(served_model, work, num=1, partial_rollouts="in_place")
+    assert (before, after) == ("version 0", "version 1")
+    assert len({before, one, other, after}) == 4
+    assert run(served_model, work, num=1) == [None] * 4
 
 
 def test_top_p_goes_through(served_model):

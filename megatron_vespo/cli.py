@@ -108,8 +108,9 @@ def evaluate(
     for one in sets:
         _print(one.describe())
     file = output or cfg.run_dir / "eval.json"
-    results = [one.metrics() | {"rewards": one.reward.tolist()} for one in sets]
-    file.write_text(json.dumps({"model": str(cfg.model), "sets": results}, indent=1))
+    rewards = {one.name: dict(zip(one.uids, one.reward.tolist(), strict=True)) for one in sets}
+    metrics = {key: value for one in sets for key, value in one.metrics().items()}
+    file.write_text(json.dumps({"model": str(cfg.model), "metrics": metrics, "rewards": rewards}) + "\n")
     _print(f"wrote {file}")
 
 

@@ -21,7 +21,8 @@ class Evaluated:
     """One held-out set under one version of the weights, or several where training did not wait."""
 
     name: str
-    k: int
+    uids: tuple[str, ...]
+    """Of the P prompts."""
     reward: np.ndarray
     """[P, k], one row per prompt."""
     length_mean: float
@@ -29,6 +30,11 @@ class Evaluated:
     truncated_fraction: float
     versions: tuple[int, int]
     """Oldest and newest weight version that sampled a token."""
+
+    @property
+    def k(self) -> int:
+        """Responses per prompt."""
+        return self.reward.shape[1]
 
     @property
     def avg(self) -> float:
@@ -84,18 +90,18 @@ async def evaluate(cfg: TrainConfig, sets: Sets, sampler: Sampler) -> list[Evalu
     async with asyncio.TaskGroup() as tasks:
         asked = {name: [tasks.create_task(one(p)) for p in prompts] for name, prompts in sets.items()}
     return [
-        _evaluated(name, ours.samples, [task.result() for task in answers]) for name, answers in asked.items()
+        _evaluated(name, sets[name], [task.result() for task in answers]) for name, answers in asked.items()
     ]
 
 
 def _evaluated(
-    name: str, k: int, answers: Sequence[tuple[tuple[Response, ...], tuple[float, ...]]]
+    name: str, prompts: Sequence[Prompt], answers: Sequence[tuple[tuple[Response, ...], tuple[float, ...]]]
 ) -> Evaluated:
     responses = [response for group, _ in answers for response in group]
     versions = [span.version for response in responses for span in response.spans]
     return Evaluated(
         name=name,
-        k=k,
+        uids=tuple(prompt.uid for prompt in prompts),
         reward=np.array([rewards for _, rewards in answers]),
         length_mean=float(np.mean([response.num_sampled for response in responses])),
         truncated_fraction=float(np.mean([response.finish_reason == "length" for response in responses])),

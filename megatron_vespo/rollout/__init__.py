@@ -1,1 +1,1 @@
-"""mu, the behavior policy: a stock SGLang server as its own process, its client, and the weights pushed into it."""
+"""mu, the behavior policy: a fleet of stock SGLang servers, asked over HTTP, and the weights pushed into them."""

@@ -9,12 +9,13 @@ breaks.
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -30,7 +31,7 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
-from megatron_vespo.rollout.buckets import Bucket, Named, host_memory, in_thread, pack, wire
+from megatron_vespo.rollout.buckets import Bucket, Named, forget, host_memory, in_thread, pack, wire
 from megatron_vespo.rollout.engine_control import (
     EngineControl,
     Fleet,
@@ -66,13 +67,15 @@ class Broadcast:
         self._backend = backend
         self._device = torch.device("cpu") if backend == "gloo" else device
         self._groups: dict[_Key, _Group] = {}
+        self._broken: list[_Group] = []
+        """Given up here; their engines may still hold them."""
 
     async def connect(self, fleet: Fleet) -> None:
         """Meet the engines that have no group yet; of a group of several, as often as some of them do not come."""
         while missing := {key: part for key, part in self._parts(fleet).items() if key not in self._groups}:
             await self._leave_outdated(fleet)
             meetings = {key: _Group.meet(part, self._backend, fleet) for key, part in missing.items()}
-            for key, group in (await all_within(meetings, fleet.until)).items():
+            for key, group in (await all_within(meetings, math.inf)).items():  # each has its deadline
                 if isinstance(group, RunError):
                     _drop(fleet, missing[key], group)
                 else:
@@ -89,16 +92,17 @@ class Broadcast:
                 key: self._groups[key].broadcast(part, bucket, self._device, fleet)
                 for key, part in parts.items()
             }
-            for key, problem in (await all_within(sends, fleet.until)).items():
+            for key, problem in (await all_within(sends, math.inf)).items():  # each has its deadline
                 if problem is not None:
-                    self._groups.pop(key).abort()
+                    self._broken.append(self._groups.pop(key))
                     _drop(fleet, parts[key], problem)
             if not fleet.active:
                 return
 
     async def close(self, fleet: Fleet) -> None:
-        await asyncio.gather(*(group.leave(fleet) for group in self._groups.values()))
+        await asyncio.gather(*(group.leave(fleet) for group in (*self._groups.values(), *self._broken)))
         self._groups.clear()
+        self._broken.clear()
 
     def _empty(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
@@ -113,7 +117,9 @@ class Broadcast:
         wanted, names = self._parts(fleet), {engine.name for engine in fleet.active}
         for key in list(self._groups):
             if key not in wanted and names & {identity.name for identity in key}:
-                await self._groups.pop(key).leave(fleet)
+                self._broken.append(self._groups.pop(key))
+        await asyncio.gather(*(group.leave(fleet) for group in self._broken))
+        self._broken.clear()
 
 
 class _Broken(RunError):
@@ -130,12 +136,15 @@ def _drop(fleet: Fleet, engines: Sequence[EngineControl], problem: RunError) -> 
         fleet.drop(engine, part)
 
 
-class _Group(NamedTuple):
+class _Group:
     """We are rank 0, the engines' tensor-parallel ranks are 1 .. R."""
 
-    name: str
-    process_group: ProcessGroup
-    store: TCPStore
+    def __init__(self, name: str, members: _Key, process_group: ProcessGroup, store: TCPStore) -> None:
+        self._name = name
+        self._members = members
+        self._process_group = process_group
+        self._store = store  # the engines may still look into it
+        self._given_up = False
 
     @classmethod
     async def meet(cls, engines: Sequence[EngineControl], backend: str, fleet: Fleet) -> _Group:
@@ -148,20 +157,23 @@ class _Group(NamedTuple):
         timeout = timedelta(seconds=2 * fleet.timeout_s)  # never the first to run out
         host = _address_seen_by(engines[0].url)
         store = TCPStore(host, 0, size, is_master=True, timeout=timeout, wait_for_workers=False)
-        invited, offset = {}, 1
+        invitations, offset = {}, 1
         for engine in engines:
             place = {"master_address": _address_seen_by(engine.url), "master_port": store.port}
             terms = {"rank_offset": offset, "world_size": size, "group_name": name, "backend": backend}
-            invited[engine] = asyncio.ensure_future(engine.post("/init_weights_update_group", place | terms))
+            invitations[engine] = engine.post("/init_weights_update_group", place | terms)
             offset += engine.num_ranks
-        # An engine that declines never joins, and forming a group would wait for it.
-        while store.num_keys() == 0 and not any(ask.done() for ask in invited.values()):
+        answering = asyncio.ensure_future(all_within(invitations, fleet.until))
+        while store.num_keys() == 0 and not answering.done():
             await asyncio.sleep(POLL_S)
+        if answering.done():  # an engine that declines never joins, and forming a group would wait for it
+            _raise_problems(await answering)
         forming = in_thread(_form, backend, PrefixStore(name, store), size, name, timeout)
-        if await _all_well([forming, *invited.values()], fleet.until):
-            return cls(name, forming.result(), store)
-        parts = await _parts_in(invited, fleet.grace_s)
-        raise _Broken({e: why for e, why in parts.items() if not isinstance(why, Interrupted)} or parts)
+        _raise_problems(await answering)
+        if not await _all_well([forming], fleet.until):
+            why = forming.exception() if forming.done() else "it did not come"
+            raise _Broken(dict.fromkeys(engines, Lost(f"process group = not formed: {why}; see its log")))
+        return cls(name, tuple(engine.identity for engine in engines), forming.result(), store)
 
     async def broadcast(
         self, engines: Sequence[EngineControl], bucket: Bucket, device: torch.device, fleet: Fleet
@@ -173,22 +185,21 @@ class _Group(NamedTuple):
         """
         request = {
             **wire(bucket),
-            "group_name": self.name,
+            "group_name": self._name,
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
-        asked = {
-            engine: asyncio.ensure_future(engine.post("/update_weights_from_distributed", request))
-            for engine in engines
-        }
+        asked = {engine: _ask(engine, "/update_weights_from_distributed", request) for engine in engines}
         sending = in_thread(self._send, bucket.flat, device, left_s(fleet.until))
+        well, first = False, []
         try:
-            if not await _all_well([sending, *asked.values()], fleet.until):
-                self.abort()
-                raise _Broken(await _parts_in(asked, fleet.grace_s))
+            well = await _all_well([sending, *asked.values()], fleet.until)
         finally:
-            for ask in asked.values():
-                ask.cancel()
+            if not well:  # or cut off, because it lags behind other groups
+                first = [engine for engine, ask in asked.items() if ask.done()]
+                self.abort()
+        if not well:
+            raise _Broken(await _parts_in(asked, fleet.grace_s, first))
 
     def _send(self, flat: Tensor, device: torch.device, timeout_s: float) -> None:
         """Return when the bytes are through.  NCCL blocks already here, when its communicator is first made."""
@@ -198,24 +209,42 @@ class _Group(NamedTuple):
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
         flat = flat.to(device, non_blocking=True)
-        self.process_group.broadcast([flat], options).wait()
+        self._process_group.broadcast([flat], options).wait()
         if flat.is_cuda:
             torch.cuda.current_stream(device).synchronize()
 
     def abort(self) -> None:
         """Give the group up at once.  What gloo has under way ends at its deadline, in a thread that nobody waits for."""
-        if self.process_group not in _world.pg_map:
+        if self._given_up:
             return
-        if self.process_group.name() == "nccl":
-            self.process_group.abort()  # else our own kernel waits for the engines' for ever
-        dist.destroy_process_group(self.process_group)
+        self._given_up = True
+        if self._process_group.name() == "nccl":
+            self._process_group.abort()  # else our own kernel waits for the engines' for ever
+        if self._process_group in _world.pg_map:  # else the trainer has destroyed all groups before us
+            dist.destroy_process_group(self._process_group)
 
     async def leave(self, fleet: Fleet) -> None:
         """Destroy the group on both ends; who is gone already has destroyed it."""
-        request = {"group_name": self.name}
-        asks = {engine: engine.post("/destroy_weights_update_group", request) for engine in fleet.active}
+        request = {"group_name": self._name}
+        asks = {
+            engine: engine.post("/destroy_weights_update_group", request)
+            for engine in fleet.active
+            if (engine.name, engine.url) in [identity[:2] for identity in self._members]
+        }
         await all_within(asks, time.monotonic() + fleet.grace_s)
         self.abort()
+
+
+def _raise_problems(answers: Mapping[EngineControl, Any]) -> None:
+    problems = {engine: answer for engine, answer in answers.items() if isinstance(answer, RunError)}
+    if problems:
+        raise _Broken(problems)
+
+
+def _ask(engine: EngineControl, path: str, payload: Mapping[str, Any]) -> asyncio.Future[Any]:
+    asked = asyncio.ensure_future(engine.post(path, payload))
+    asked.add_done_callback(forget)
+    return asked
 
 
 async def _all_well(asks: Sequence[asyncio.Future[Any]], until: float) -> bool:
@@ -225,11 +254,19 @@ async def _all_well(asks: Sequence[asyncio.Future[Any]], until: float) -> bool:
 
 
 async def _parts_in(
-    asked: Mapping[EngineControl, asyncio.Future[Any]], grace_s: float
+    asked: Mapping[EngineControl, asyncio.Future[Any]], grace_s: float, first: Sequence[EngineControl]
 ) -> dict[EngineControl, RunError]:
-    """What each engine has to do with a group that broke."""
+    """What each engine has to do with a group that broke.
+
+    Args:
+        first: those that had answered before we gave it up: if nobody else is to blame, they are.
+    """
     await asyncio.wait(asked.values(), timeout=grace_s)
-    return {engine: _part_in(engine, ask) for engine, ask in asked.items()}
+    parts = {engine: _part_in(engine, ask) for engine, ask in asked.items()}
+    if all(isinstance(part, Interrupted) for part in parts.values()):
+        refusals = {engine: asked[engine].exception() for engine in first}
+        parts |= {engine: err for engine, err in refusals.items() if isinstance(err, Refused)}
+    return parts
 
 
 def _part_in(engine: EngineControl, ask: asyncio.Future[Any]) -> RunError:

@@ -228,6 +228,7 @@ def in_thread(work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
     """Do something that blocks in a thread of its own, which does not keep the program from ending should it hang."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
+    future.add_done_callback(forget)
 
     def settle(result: T | None, err: BaseException | None) -> None:
         if future.cancelled():
@@ -248,6 +249,12 @@ def in_thread(work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
 
     threading.Thread(target=run, daemon=True, name=getattr(work, "__name__", "work")).start()
     return future
+
+
+def forget(future: asyncio.Future[Any]) -> None:
+    """Done callback of what may fail when nobody waits for it any more."""
+    if not future.cancelled():
+        future.exception()
 
 
 def wire(bucket: Bucket) -> Mapping[str, list[Any]]:

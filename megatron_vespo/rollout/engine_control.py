@@ -121,7 +121,8 @@ class EngineControl:
         except Refused as err:
             self._has_session = err.status != 404
             if self._has_session:
-                await self.end()
+                with contextlib.suppress(Refused):  # there was none to end
+                    await self.end()
                 await self.post("/begin_weight_update", {})
 
     async def end(self) -> None:
@@ -186,9 +187,9 @@ class Fleet:
         """
         self.version = version
         self.timeout_s = timeout_s
-        self.grace_s = min(GRACE_S, timeout_s / 4)
-        """For those that a failure left waiting."""
-        self.until = time.monotonic() + timeout_s - 2 * self.grace_s
+        self.grace_s = min(GRACE_S, timeout_s / 8)
+        """For each of the steps that follow a failure, of which three are kept."""
+        self.until = time.monotonic() + timeout_s - 3 * self.grace_s
         self.active = list(engines)
         self.failures: dict[str, str] = {}
         self.incomplete: list[EngineControl] = []
@@ -237,14 +238,12 @@ async def all_within(asks: Mapping[K, Awaitable[T]], until: float) -> dict[K, T 
     for task in pending:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    return {key: _verdict(task, key, waited_s) for task, key in tasks.items()}
+    return {key: _verdict(task, waited_s) for task, key in tasks.items()}
 
 
-def _verdict(task: asyncio.Future[T], key: object, waited_s: float) -> T | RunError:
+def _verdict(task: asyncio.Future[T], waited_s: float) -> T | RunError:
     if task.cancelled():
-        return Lost(
-            f"engine {getattr(key, 'name', key)} = no answer: waited {waited_s:.0f} s, it hangs; see its log"
-        )
+        return Lost(f"no answer for {waited_s:.0f} s: it hangs; see its log")
     err = task.exception()
     if err is None:
         return task.result()

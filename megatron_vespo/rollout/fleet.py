@@ -271,7 +271,7 @@ class Fleet:
                 other.life.outdate()
                 self.changed(other)
         self.changed(member)
-        if is_new:
+        if is_new and member.state is State.SERVING:
             self.tell(f"{name} serves version {version}; {self.standing()}")
         return member.state is State.SERVING
 

@@ -145,13 +145,13 @@ class _Push:
         problem = None
         try:
             # The transport drops engines that miss the deadline; beyond that only the iterator can be late.
-            async with asyncio.timeout(left_s(fleet.until) + fleet.grace_s):
+            async with asyncio.timeout(left_s(fleet.until) + 1.5 * fleet.grace_s):
                 await self._switch(stream)
         except RunError as err:
             problem = err
         except TimeoutError:
             problem = RunError("weights = no more tensors")
-        if not await stream.stop(time.monotonic() + fleet.grace_s):
+        if not await stream.stop(fleet.until + 2 * fleet.grace_s):
             problem = RunError(
                 f"weights = no tensor within {time.monotonic() - self._began:.0f} s: rank 0 waits for the trainer's export, "
                 f"which still runs; raise rollout.sync_timeout_s = {fleet.timeout_s:g}, or see the logs of the other ranks"

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vespo.data import conversation
 from megatron_vespo.data.conversation import Conversations, append_turn
-from megatron_vespo.data.environments import Calculator, between_turns
+from megatron_vespo.data.environments import Calculator
 from megatron_vespo.types import (
     Ints,
     Prompt,
@@ -97,15 +96,15 @@ class Scripted:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[int, Prompt], str]) -> None:
         self.tokenizer, self.say = tokenizer, say
         self.asked: list[tuple[list[int], int]] = []
-        self.start = asyncio.Event()
-        self.start.set()
+        self.ends_before: int | None = None
 
     async def sample(self, prompt: Prompt, num: int, sampling: Sampling) -> tuple[Response, ...]:
         assert num == 1 and sampling.temperature == 0.7
         context = prompt.token_ids.tolist()
         self.asked.append((context, sampling.max_tokens))
-        await self.start.wait()
-        turn = context.count(self.tokenizer.eos_token_id) // 2  # the assistant's and the user's before it
+        ends = context.count(self.tokenizer.eos_token_id)
+        self.ends_before = ends if self.ends_before is None else self.ends_before
+        turn = (ends - self.ends_before) // 2  # each turn of the assistant is followed by one of the user
         text = self.say(turn, prompt)
         ids = [*self.spell(text), self.tokenizer.eos_token_id][: sampling.max_tokens]
         reason = "stop" if ids[-1] == self.tokenizer.eos_token_id else "length"
@@ -149,10 +148,7 @@ def hold(
 @pytest.mark.parametrize("which", ["demo", "chatml"])
 def test_the_calculator_from_end_to_end_is_spelled_as_the_template_spells_the_whole(tokenizer, which):
     if which == "chatml":
-        tokenizer = merging_tokenizer(
-            CHATML.replace("You are helpful.", "<|im_end|>")
-        )  # three ends a turn, as demo's
-        tokenizer.chat_template = CHATML.replace("{% if messages[0].role != 'system' %}", "{% if false %}")
+        tokenizer = merging_tokenizer(CHATML)
     engine, prompt = Scripted(tokenizer, lambda turn, _: SAID[turn]), asking(tokenizer)
     (whole,) = hold(Conversations(engine, Calculator(tokenizer), max_turns=8), prompt)
     ids = [*prompt.token_ids.tolist(), *whole.token_ids.tolist()]
@@ -175,7 +171,7 @@ def test_the_calculator_from_end_to_end_is_spelled_as_the_template_spells_the_wh
 
 def test_what_was_sampled_is_never_tokenized_again():
     tokenizer = merging_tokenizer(CHATML)
-    engine = Scripted(tokenizer, lambda turn, _: "<calc>6*7</calc>" if turn == 1 else "42")
+    engine = Scripted(tokenizer, lambda turn, _: "<calc>6*7</calc>" if turn == 0 else "42")
     tokenizer_spelling = engine.spell
     engine.spell = lambda text: [token for letter in text for token in tokenizer_spelling(letter)]
     (whole,) = hold(Conversations(engine, Calculator(tokenizer), max_turns=2), asking(tokenizer))
@@ -200,18 +196,17 @@ def test_a_conversation_ends_at_its_number_of_turns(tokenizer):
     assert whole.num_turns == len(engine.asked) == 3 and whole.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("limit", range(1, 100))
-def test_all_tokens_together_never_exceed_the_limit(tokenizer, limit):
-    """A turn has 15 tokens and a reply 20 (4 + 8 + 1 + 1 + ... by hand: <|user|><result>1</result><|end|><|assistant|>)."""
+def test_all_tokens_together_never_exceed_the_limit(tokenizer):
+    """<calc>1</calc> and its end are 15 tokens; <|user|><result>1</result><|end|><|assistant|> are 21."""
     engine = Scripted(tokenizer, lambda *_: "<calc>1</calc>")
-    sampling = Sampling(temperature=0.7, max_tokens=limit)
-    (whole,) = hold(Conversations(engine, Calculator(tokenizer), max_turns=9), asking(tokenizer), sampling)
-    turn, reply = 15, 1 + 18 + 1 + 1
-    full, rest = divmod(limit, turn + reply)
-    assert whole.finish_reason == "length"
-    # cut in the middle of a turn, or ended after a whole one for want of room for a reply and one more token
-    assert len(whole.token_ids) == full * (turn + reply) + min(rest, turn) - (reply if rest == 0 else 0)
-    assert whole.num_turns == full + (rest > 0) and len(whole.token_ids) <= limit
+    talks, turn, reply = Conversations(engine, Calculator(tokenizer), max_turns=9), 15, 21
+    for limit in range(1, 100):
+        (whole,) = hold(talks, asking(tokenizer), Sampling(temperature=0.7, max_tokens=limit))
+        full, rest = divmod(limit, turn + reply)
+        assert whole.finish_reason == "length"
+        # cut in the middle of a turn, or ended after a whole one for want of room for a reply and one more token
+        assert len(whole.token_ids) == full * (turn + reply) + min(rest, turn) - (reply if rest == 0 else 0)
+        assert whole.num_turns == full + (rest > 0) and len(whole.token_ids) <= limit
 
 
 def test_conversations_of_one_prompt_do_not_wait_for_each_other(tokenizer):
@@ -308,10 +303,3 @@ def test_scoring_is_the_engines(tokenizer):
     talks = Conversations(Scripted(tokenizer, lambda *_: ""), Calculator(tokenizer), max_turns=8)
     sequence = TrainSequence(uid="u", token_ids=ints(1, 2, 3), num_prompt_tokens=1)
     assert [len(scored.logp) for scored in asyncio.run(talks.score([sequence]))] == [2]
-
-
-def test_the_default_deadline_is_bounded(tokenizer):
-    assert (
-        0 < conversation.REPLY_TIMEOUT_S < 3600
-        and len(between_turns(tokenizer, [{"role": "user", "content": "x"}])) == 4
-    )

@@ -29,7 +29,7 @@ QWEN3 = (
     "{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n"
     "{% elif m.role == 'tool' %}"
     "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
-    "\n<tool_response>\n{{ m.content }}\n</tool_response>"
+    "{{ '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}"
     "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
     "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -150,26 +150,13 @@ def test_the_calculator_computes_exactly_or_says_why_not(expression, value):
     assert calculate(expression) == value
 
 
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "",
-        "2 +",
-        "x",
-        "__import__('os')",
-        "(1).real",
-        "[1]",
-        "True",
-        "1j",
-        "1 < 2",
-        "1 if 1 else 2",
-        "'a'*9",
-        "1;2",
-        "\0",
-        "1_0&1",
-    ]
-    + ["(" * 100 + ")" * 100, "(" * 200, "lambda: 1", "~1", "a:=1"],
-)
+NO_ARITHMETIC = (
+    "", "2 +", "x", "__import__('os')", "(1).real", "[1]", "True", "1j", "1 < 2", "1 if 1 else 2", "'a'*9", "1;2", "\0",
+    "6&1", "(" * 100 + ")" * 100, "(" * 200, "lambda: 1", "~1", "a:=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", NO_ARITHMETIC)
 def test_the_calculator_knows_nothing_but_arithmetic(expression):
     assert calculate(expression) == "error: not an arithmetic expression"
 

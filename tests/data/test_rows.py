@@ -77,6 +77,12 @@ def test_other_names_of_shards_tell_the_split_too(tmp_path, name):
     assert uids(tmp_path) == ["a"]
 
 
+def test_shards_are_ordered_by_number_even_where_their_names_are_not(tmp_path):
+    for shard in (10, 9, 0):
+        parquet(tmp_path / f"train-{shard}.parquet", str(shard))
+    assert uids(tmp_path) == ["0", "9", "10"]
+
+
 def test_a_cloned_repository_of_jsonl_is_read_too(tmp_path):
     lines = [json.dumps({"question": "q", "meta": {"uid": uid}}) for uid in "ab"]
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")

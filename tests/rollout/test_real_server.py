@@ -1,20 +1,28 @@
-"""A real SGLang server against transformers: sampling and scoring."""
+"""A fleet over a real SGLang server, against transformers: sampling, scoring, interruption, and hanging."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from dataclasses import replace
 
+import aiohttp
 import numpy as np
+import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_vespo.config import SamplingConfig
-from megatron_vespo.rollout.client import SGLangEngine
-from megatron_vespo.types import Prompt, TrainSequence, VersionSpan
+from megatron_vespo.rollout.client import EngineClient, open_pool
+from megatron_vespo.rollout.fleet import Fleet
+from megatron_vespo.rollout.lifecycle import State
+from megatron_vespo.rollout.server import External
+from megatron_vespo.types import Prompt, RunError, Sampling, TrainSequence, VersionSpan
 
 PROMPT_TEXT = "12 plus 30 is what?"
+NAME = "engine 0"
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +31,67 @@ def reference(served_model):
 
 
 @pytest.fixture(scope="module")
-def prompt(served_model):
-    ids = AutoTokenizer.from_pretrained(served_model)(PROMPT_TEXT)["input_ids"]
+def tokenizer(served_model):
+    return AutoTokenizer.from_pretrained(served_model)
+
+
+@pytest.fixture(scope="module")
+def prompt(tokenizer):
+    ids = tokenizer(PROMPT_TEXT)["input_ids"]
     return Prompt(uid="p0", token_ids=np.array(ids, np.int32), text=PROMPT_TEXT, answer="42")
 
 
-def ask(server, config, work, *, temperature=1.0, limit=16):
-    """Run `work(engine)` with a fresh engine client."""
+@pytest.fixture(scope="module")
+def other_model(served_model, tmp_path_factory):
+    """Other weights of the same shape: their directory, and transformers' model of them."""
+    directory = tmp_path_factory.mktemp("other")
+    generator = torch.Generator().manual_seed(1)
+    tensors = load_file(served_model / "model.safetensors")
+    changed = {
+        name: tensor + 0.3 * tensor.std().nan_to_num(0) * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in tensors.items()
+    }
+    for file in served_model.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    save_file(changed, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory, AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def ask(server, config, work, *, temperature=1.0, **fields):
+    """Run `work(fleet)` with a fleet of the one server, which serves version 0."""
 
     async def main():
-        sampling = SamplingConfig(temperature=temperature, max_response_tokens=limit)
-        engine = SGLangEngine(server.url, server.model, config, sampling, server.death_report)
-        try:
-            return await work(engine)
-        finally:
-            await engine.close()
+        cfg, told = config.model_copy(update=fields), []
+        engine = External(NAME, server.url, cfg.start_timeout_s)
+        async with Fleet(cfg, server.model, [engine], told.append, temperature=temperature) as fleet:
+            await fleet.to_update(0)
+            assert fleet.confirm(NAME, 0)
+            return await work(fleet)
 
     return asyncio.run(main())
+
+
+async def post(server, path, payload):
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(server.url + path, json=payload) as answer,
+    ):
+        assert answer.status == 200, await answer.text()
+
+
+async def push_from_disk(fleet, server, directory, mode, version=1):
+    """A weight push in the given mode, by the simplest transport."""
+    await fleet.to_update(version)
+    with fleet.updating([NAME]):
+        await post(server, "/pause_generation", {"mode": mode})
+        fields = {"model_path": str(directory), "weight_version": str(version)}
+        await post(server, "/update_weights_from_disk", {**fields, "flush_cache": mode != "in_place"})
+        await post(server, "/continue_generation", {})
+        assert fleet.confirm(NAME, version)
+
+
+def sampling(limit=16, temperature=1.0):
+    return Sampling(temperature=temperature, max_tokens=limit)
 
 
 def logp_of(model, ids, num_prompt, temperature=1.0):
@@ -72,7 +124,9 @@ def test_sampled_logprobs_are_those_of_transformers(
     sglang_server, server_rollout_config, reference, prompt, temperature
 ):
     responses = ask(
-        sglang_server, server_rollout_config, lambda e: e.sample(prompt, 4), temperature=temperature
+        sglang_server,
+        server_rollout_config,
+        lambda fleet: fleet.sample(prompt, 4, sampling(temperature=temperature)),
     )
     assert len(responses) == 4
     assert len({tuple(r.token_ids) for r in responses}) == 4
@@ -83,11 +137,14 @@ def test_sampled_logprobs_are_those_of_transformers(
         assert response.spans == (VersionSpan(version=0, start=0, end=len(response.token_ids)),)
         assert response.experts is not None
         assert (np.sort(response.experts, -1) == experts_of(reference, ids)).all()
+        assert response.engine == NAME
 
 
 def test_a_response_ends_at_the_end_of_turn(sglang_server, server_rollout_config, prompt):
     """264 nearly equal tokens, 8 x 600 samples: 18 end-of-turns are expected, none has probability 1e-8."""
-    responses = ask(sglang_server, server_rollout_config, lambda e: e.sample(prompt, 8), limit=600)
+    responses = ask(
+        sglang_server, server_rollout_config, lambda fleet: fleet.sample(prompt, 8, sampling(600))
+    )
     stopped = [r for r in responses if r.finish_reason == "stop"]
     assert stopped
     for response in responses:
@@ -96,11 +153,20 @@ def test_a_response_ends_at_the_end_of_turn(sglang_server, server_rollout_config
         assert "<|end|>" not in response.text
 
 
+def test_top_p_leaves_only_the_most_likely_tokens(sglang_server, server_rollout_config, reference, prompt):
+    narrow = Sampling(temperature=1.0, max_tokens=8, top_p=1e-6)
+    (response,) = ask(sglang_server, server_rollout_config, lambda fleet: fleet.sample(prompt, 1, narrow))
+    with torch.no_grad():
+        logits = reference(torch.tensor(whole(prompt, response)[None].astype(np.int64))).logits[0]
+    greedy = logits[len(prompt.token_ids) - 1 : -1].argmax(-1).numpy()
+    assert response.token_ids.tolist() == greedy.tolist()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_scoring_agrees_with_sampling(sglang_server, server_rollout_config, reference, prompt, temperature):
-    async def work(engine):
-        responses = await engine.sample(prompt, 2)
-        return responses, await engine.score([sequence(prompt, r) for r in responses])
+    async def work(fleet):
+        responses = await fleet.sample(prompt, 2, sampling(temperature=temperature))
+        return responses, await fleet.score([sequence(prompt, r) for r in responses])
 
     responses, scored = ask(sglang_server, server_rollout_config, work, temperature=temperature)
     for response, score in zip(responses, scored, strict=True):
@@ -117,7 +183,9 @@ def test_every_token_of_the_vocabulary_can_be_scored(
     """SGLang reports the last id under another name."""
     ids = np.arange(264, dtype=np.int32)
     given = TrainSequence(uid="all", token_ids=ids, num_prompt_tokens=1)
-    (score,) = ask(sglang_server, server_rollout_config, lambda e: e.score([given]), temperature=temperature)
+    (score,) = ask(
+        sglang_server, server_rollout_config, lambda fleet: fleet.score([given]), temperature=temperature
+    )
     assert np.abs(score.logp - logp_of(reference, ids, 1, temperature)).max() < 1e-4
 
 
@@ -125,14 +193,142 @@ def test_a_sequence_as_long_as_the_context_is_served_whole(sglang_server, server
     room = server_rollout_config.context_length - len(prompt.token_ids)
     full = np.full(server_rollout_config.context_length, 65, np.int32)
     nearly = replace(prompt, token_ids=full[: -room // 100])
+    limit = server_rollout_config.context_length - len(nearly.token_ids)
 
-    async def work(engine):
-        (scored,) = await engine.score(
+    async def work(fleet):
+        (scored,) = await fleet.score(
             [TrainSequence(uid="full", token_ids=full, num_prompt_tokens=len(prompt.token_ids))]
         )
-        return scored, await engine.sample(nearly, 1)
+        return scored, await fleet.sample(nearly, 1, sampling(limit))
 
-    limit = server_rollout_config.context_length - len(nearly.token_ids)
-    scored, (response,) = ask(sglang_server, server_rollout_config, work, limit=limit)
+    scored, (response,) = ask(sglang_server, server_rollout_config, work)
     assert len(scored.logp) == room
     assert response.finish_reason == "stop" or len(response.token_ids) == limit
+
+
+def across_a_push(server, config, prompt, directory, mode):
+    """Responses of about 264 tokens, some of which are under way when other weights are pushed as version 1."""
+
+    async def work(fleet):
+        sampled = asyncio.create_task(fleet.sample(prompt, 16, sampling(900)))
+        async with open_pool() as pool:
+            engine = EngineClient(server.url, pool)
+            while (load := await engine.load()) is None or load.running < 16:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        assert not sampled.done()
+        await push_from_disk(fleet, server, directory, mode)
+        return await sampled
+
+    responses = ask(server, config, work)
+    assert len(responses) == len({tuple(r.token_ids) for r in responses}) == 16
+    spanning = [r for r in responses if len(r.spans) == 2]
+    assert spanning
+    for response in spanning:
+        first, second = response.spans
+        assert (first.version, second.version, second.end) == (0, 1, len(response.token_ids))
+    return spanning
+
+
+def test_an_aborted_response_is_resumed_with_exact_logprobs_versions_and_first_pass_experts(
+    sglang_server, server_rollout_config, reference, prompt, other_model, tokenizer
+):
+    directory, changed = other_model
+    for response in across_a_push(sglang_server, server_rollout_config, prompt, directory, "abort"):
+        ids, num_prompt, cut = whole(prompt, response), len(prompt.token_ids), response.spans[0].end
+        old, new = (logp_of(model, ids, num_prompt) for model in (reference, changed))
+        assert np.abs(old - new).max() > 1e-2
+        assert np.abs(response.behavior_logp[:cut] - old[:cut]).max() < 1e-4
+        assert np.abs(response.behavior_logp[cut:] - new[cut:]).max() < 1e-4
+        # The last token of version 0 was first processed under version 1.
+        rows, experts = num_prompt + cut - 1, np.sort(response.experts, -1)
+        assert (experts[:rows] == experts_of(reference, ids)[:rows]).all()
+        assert (experts[rows:] == experts_of(changed, ids)[rows:]).all()
+        assert response.num_resumed == 1
+        ended = response.finish_reason == "stop"
+        kept = response.token_ids[: -1 if ended else None]
+        assert response.text == tokenizer.decode(kept, skip_special_tokens=True)
+
+
+def test_a_retracted_response_has_exact_logprobs_and_the_experts_of_its_last_pass(
+    sglang_server, server_rollout_config, reference, prompt, other_model
+):
+    directory, changed = other_model
+    for response in across_a_push(sglang_server, server_rollout_config, prompt, directory, "retract"):
+        ids, num_prompt, cut = whole(prompt, response), len(prompt.token_ids), response.spans[0].end
+        old, new = (logp_of(model, ids, num_prompt) for model in (reference, changed))
+        assert np.abs(response.behavior_logp[:cut] - old[:cut]).max() < 1e-4
+        # No cached key of the old weights may be left: these are pure new weights.
+        assert np.abs(response.behavior_logp[cut:] - new[cut:]).max() < 1e-4
+        assert (np.sort(response.experts, -1) == experts_of(changed, ids)).all()
+        assert response.num_resumed == 0
+
+
+def test_a_response_that_keeps_its_cache_mixes_both_weights_and_says_where(
+    sglang_server, server_rollout_config, reference, prompt, other_model
+):
+    directory, changed = other_model
+    for response in across_a_push(sglang_server, server_rollout_config, prompt, directory, "in_place"):
+        ids, num_prompt, cut = whole(prompt, response), len(prompt.token_ids), response.spans[0].end
+        old, new = (logp_of(model, ids, num_prompt) for model in (reference, changed))
+        assert np.abs(response.behavior_logp[:cut] - old[:cut]).max() < 1e-4
+        assert np.abs(response.behavior_logp[cut:] - old[cut:]).max() > 1e-3
+        assert np.abs(response.behavior_logp[cut:] - new[cut:]).max() > 1e-3
+        rows = num_prompt + cut - 1
+        assert (np.sort(response.experts, -1)[:rows] == experts_of(reference, ids)[:rows]).all()
+
+
+def test_a_cancelled_sampling_frees_the_server(sglang_server, server_rollout_config, prompt):
+    async def work(fleet):
+        async with open_pool() as pool:
+            engine = EngineClient(sglang_server.url, pool)
+            sampled = asyncio.create_task(fleet.sample(prompt, 16, sampling(900)))
+            while (load := await engine.load()) is None or load.running < 16:
+                await asyncio.sleep(0.01)
+            sampled.cancel()
+            async with asyncio.timeout(3):  # it would notice the lost connection by itself after 4
+                while (load := await engine.load()) is None or load.running:
+                    await asyncio.sleep(0.01)
+
+    ask(sglang_server, server_rollout_config, work)
+
+
+def test_a_refused_request_says_what_the_server_said(sglang_server, server_rollout_config, prompt):
+    long = replace(prompt, token_ids=np.full(2000, 65, np.int32))
+    with pytest.raises(RunError, match=r"(?s)prompt 'p0' = refused: .*HTTP 400: .*2000"):
+        ask(sglang_server, server_rollout_config, lambda fleet: fleet.sample(long, 1, sampling()))
+
+
+def test_a_scheduler_that_hangs_behind_a_living_http_server_is_found(
+    sglang_server, server_rollout_config, prompt
+):
+    schedulers = [
+        p.pid
+        for p in psutil.Process(sglang_server.pid).children(recursive=True)
+        if "scheduler" in " ".join(p.cmdline())
+    ]
+    assert schedulers
+
+    async def work(fleet):
+        (engine,) = fleet.members
+        sampled = asyncio.create_task(fleet.sample(prompt, 8, sampling(900)))
+        while not engine.num_under_way:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        try:
+            for pid in schedulers:
+                os.kill(pid, signal.SIGSTOP)
+            async with asyncio.timeout(10):
+                while engine.state is State.SERVING:
+                    await asyncio.sleep(0.05)
+            assert "it hangs: with 8 sequences" in engine.why_lost
+        finally:
+            for pid in schedulers:
+                os.kill(pid, signal.SIGCONT)
+        async with asyncio.timeout(40):
+            await fleet.newcomer()
+        await fleet.to_update(0)
+        fleet.confirm(NAME, 0)
+        return await sampled
+
+    assert len(ask(sglang_server, server_rollout_config, work, stall_timeout_s=2.0)) == 8

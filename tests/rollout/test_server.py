@@ -13,12 +13,13 @@ import time
 import numpy as np
 import pytest
 
-from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
+from megatron_vespo.config import ConfigError, RolloutConfig
 from megatron_vespo.data.demo import write_tiny_dense_model
-from megatron_vespo.rollout.client import SGLangEngine
+from megatron_vespo.rollout.fleet import Fleet
+from megatron_vespo.rollout.lifecycle import State
 from megatron_vespo.rollout.model import read_facts
-from megatron_vespo.rollout.server import Server, _living_members, command, free_port
-from megatron_vespo.types import Prompt, RunError
+from megatron_vespo.rollout.server import External, Server, _living_members, command, free_port
+from megatron_vespo.types import Prompt, RunError, Sampling
 
 
 def config(**fields) -> RolloutConfig:
@@ -72,6 +73,22 @@ def test_nothing_of_the_cpu_platform_reaches_a_cuda_server(served_model):
     assert not {"PYTHONPATH", "SGLANG_PLATFORM", "OMP_NUM_THREADS"} & set(env)
 
 
+def test_an_engine_listens_on_its_machines_address_and_sees_its_own_gpus(served_model):
+    argv, env = command(config(), served_model, 4567, host="10.0.0.7", gpus=[4, 5])
+    assert values(argv, "host") == ["10.0.0.7"]
+    assert env["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert "CUDA_VISIBLE_DEVICES" not in command(config(), served_model, 4567).env
+    server = Server(config(), served_model, served_model / "log", name="engine 3", host="10.0.0.7")
+    assert server.url.startswith("http://10.0.0.7:")
+
+
+def test_options_of_parallel_engines_go_through_verbatim(served_model):
+    options = {"ep-size": 8, "dp-size": 8, "enable-dp-attention": True, "pp-size": 2}
+    argv, _ = command(config(sglang=options, gpus_per_engine=16), served_model, 4567)
+    assert [values(argv, name) for name in ("ep-size", "dp-size", "pp-size")] == [["8"], ["8"], ["2"]]
+    assert "--enable-dp-attention" in argv
+
+
 def test_verbatim_options_win(served_model):
     options = {
         "attention-backend": "triton",
@@ -100,6 +117,8 @@ def test_verbatim_options_win(served_model):
         ("tensor_parallel_size", "set rollout.tensor_parallel"),
         ("context-length", "set rollout.context_length"),
         ("weight-version", "it counts optimizer steps"),
+        ("host", "it is an address of the engine's machine"),
+        ("base_gpu_id", "an engine sees only the GPUs that it was given"),
     ],
 )
 def test_options_that_have_a_field_of_their_own_are_refused(served_model, key, instead):
@@ -198,6 +217,25 @@ def test_death_at_start_quotes_the_log_of_this_start_only(served_model, tmp_path
     assert "an earlier run" in log.read_text()
 
 
+def test_an_option_that_the_server_does_not_know_is_the_configurations_fault(served_model, tmp_path):
+    python = interpreter(tmp_path, "echo 'error: unrecognized arguments: --tpp' >&2; exit 2")
+    with pytest.raises(
+        ConfigError, match=r"engine 3 at .*exited with status 2(?s:.*)unrecognized arguments: --tpp"
+    ):
+        asyncio.run(Server(config(python=python), served_model, tmp_path / "log", name="engine 3").start())
+
+
+def test_an_external_server_is_waited_for_and_never_ended():
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        engine = External("engine 1", url, start_timeout_s=0.2)
+        with pytest.raises(RunError, match=rf"engine 1 at {url} = no answer: waited 0 s"):
+            asyncio.run(engine.start())
+    asyncio.run(engine.stop())
+    assert asyncio.run(engine.death_report()) is None
+
+
 def test_a_server_that_is_never_ready_is_ended_at_the_deadline(served_model, tmp_path):
     python = interpreter(tmp_path, "echo still loading; sleep 100 & sleep 100")
     server = Server(config(python=python, start_timeout_s=1.0), served_model, tmp_path / "log")
@@ -234,36 +272,42 @@ def test_the_server_and_all_its_children_die_with_its_parent_even_if_that_is_kil
 
 
 @pytest.mark.slow
-def test_a_killed_server_is_reported_at_once_and_leaves_nothing(
+def test_a_killed_server_is_found_at_once_started_again_and_its_prompt_goes_on(
     served_model, server_rollout_config, tmp_path
 ):
     """A real server of its own; its main process is killed while it samples."""
     told = []
 
+    async def serve(fleet):
+        await fleet.to_update(0)
+        assert fleet.confirm("engine 0", 0)
+
     async def main():
-        server = Server(server_rollout_config, served_model, tmp_path / "log", progress=told.append)
-        async with server:
-            engine = SGLangEngine(
-                server.url,
-                served_model,
-                server_rollout_config,
-                SamplingConfig(max_response_tokens=900),
-                server.death_report,
-            )
+        server = Server(server_rollout_config, served_model, tmp_path / "log")
+        async with Fleet(server_rollout_config, served_model, [server], told.append) as fleet:
+            await serve(fleet)
+            (member,), first = fleet.members, server.pid
             prompt = Prompt(uid="p7", token_ids=np.arange(20, dtype=np.int32), text="", answer="")
-            sampling = asyncio.create_task(engine.sample(prompt, 32))
+            sampling = asyncio.create_task(
+                fleet.sample(prompt, 32, Sampling(temperature=1.0, max_tokens=200))
+            )
+            while not member.num_under_way:
+                await asyncio.sleep(0.01)
             await asyncio.sleep(0.3)
             assert not sampling.done()
             os.kill(server.pid, signal.SIGKILL)
             began = time.monotonic()
-            with pytest.raises(RunError, match=r"dead: prompt 'p7' waited for it; it was killed by SIGKILL"):
-                await sampling
-            assert time.monotonic() - began < 10
-            await engine.close()
-            wait_until(
-                lambda: not _living_members(server.pid), within_s=10
-            )  # its children follow by themselves
+            while member.state is State.SERVING:
+                await asyncio.sleep(0.01)
+            assert time.monotonic() - began < 5
+            await fleet.newcomer()
+            assert server.pid != first
+            assert _living_members(first) == []
+            await serve(fleet)
+            assert len(await sampling) == 32
         return server
 
     server = asyncio.run(main())
     assert _living_members(server.pid) == []
+    (lost,) = [message for message in told if "is lost" in message]
+    assert "its process was killed by SIGKILL; the end of" in lost

@@ -183,7 +183,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure, (steps, stale) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     bounds = [str(r.setting.staleness) for r in ordered]
     parts = (
-        ("training", "#4878a8", [1 - r.wait_share - r.sync_share for r in ordered]),
+        ("training, and the rest of the step", "#4878a8", [1 - r.wait_share - r.sync_share for r in ordered]),
         ("waiting for a batch", "#e0a458", [r.wait_share for r in ordered]),
         ("waiting for the new version", "#b55d60", [r.sync_share for r in ordered]),
     )

@@ -349,6 +349,8 @@ class EnvironmentConfig(_Section):
     """"calculator", or "package.module:Class" or "path/to/file.py:Class" of an Environment (types.py)."""
     max_turns: Positive = 8
     """Turns of the assistant; the token limit of sampling is for all of them together."""
+    timeout_s: Seconds = 60
+    """A reply that takes longer ends the conversation and is counted."""
 
 
 class EvaluationConfig(_Section):
@@ -356,6 +358,8 @@ class EvaluationConfig(_Section):
 
     sets: dict[str, Path] = {}
     """Files in the layout of [prompts], by the name under which they are reported."""
+    split: str | None = None
+    """Of a dataset directory with several. Default: prompts.split."""
     every: Count = 0
     """Steps between evaluations; 0: at the start and the end only."""
     samples: Positive = 1

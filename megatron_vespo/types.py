@@ -274,8 +274,8 @@ class Engine(Protocol):
         """Sample `num` responses to one prompt, whatever happens to single engines meanwhile."""
         ...
 
-    async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
-        """Log-probs and experts of given sequences under the newest weights that are served."""
+    async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored | None, ...]:
+        """Log-probs and experts of given sequences under the newest weights that are served; None where none are."""
         ...
 
 

@@ -190,6 +190,8 @@ class Seen:
 
 
 def _engines(seen: Sequence[Seen]) -> Metrics:
+    if not seen:  # no engine was left to score the batch under its weights
+        return {}
     trainer_B = [_sampled(s.then, s.trainer.logp) for s in seen]
     engine_B = [_sampled(s.then, s.engine.logp) for s in seen]
     behavior_B = [_sampled(s.then, s.then.response.behavior_logp) for s in seen]

@@ -69,7 +69,8 @@ def plan_train(cfg: TrainConfig) -> TrainPlan:
         check_weights(reference, shape)
     tokenizer = load_tokenizer(cfg.model)
     prompts = load_prompts(cfg.prompts.train, tokenizer, cfg.prompts)
-    heldout = {name: load_prompts(path, tokenizer, cfg.prompts) for name, path in cfg.evaluation.sets.items()}
+    columns = cfg.prompts.model_copy(update={"split": cfg.evaluation.split or cfg.prompts.split})
+    heldout = {name: load_prompts(path, tokenizer, columns) for name, path in cfg.evaluation.sets.items()}
     environment = make_environment(cfg.environment, tokenizer)
     if all(len(prompt.token_ids) < 2 for prompt in prompts):
         raise ConfigError(

@@ -172,10 +172,15 @@ class FleetPublisher:
 
     async def _gap(self, name: str, trained: Sequence[Scored]) -> float:
         """Largest |trainer - engine| over the canary tokens, nats; infinite if the engine was lost over it."""
+        limit_s = (
+            self._cfg.sync_timeout_s
+        )  # nothing else bounds it: deadlines stand still while weights are pushed
         try:
-            served = await self._fleet.score_on(name, self._canary)
-        except RunError as err:
-            self._fleet.lose(name, f"did not score the canary: {err}")
+            async with asyncio.timeout(limit_s):
+                served = await self._fleet.score_on(name, self._canary)
+        except (RunError, TimeoutError) as err:
+            why = str(err) or f"no answer within rollout.sync_timeout_s = {limit_s:g}"
+            self._fleet.lose(name, f"did not score the canary: {why}")
             return math.inf
         return max(
             float(np.abs(ours.logp - theirs.logp).max()) for ours, theirs in zip(trained, served, strict=True)

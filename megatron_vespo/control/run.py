@@ -165,7 +165,8 @@ def _speaking(cfg: TrainConfig, fleet: Fleet, environment: Environment | None) -
     """The fleet, in conversation with the environment if there is one."""
     if environment is None:
         return fleet
-    return Conversations(fleet, environment, max_turns=cfg.environment.max_turns)
+    talk = cfg.environment
+    return Conversations(fleet, environment, max_turns=talk.max_turns, reply_timeout_s=talk.timeout_s)
 
 
 def _failures(judge: Verifier, engine: Engine) -> dict[str, int]:

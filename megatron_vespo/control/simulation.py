@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ from megatron_vespo.types import (
 )
 
 _NUM_CANARIES = 2
+
+Meanwhile = Callable[[Fleet, Observer, GroupBuffer], Coroutine[Any, Any, None]]
+"""Something that happens beside the loop."""
 
 
 class SimulatedTrainer:
@@ -144,13 +147,13 @@ async def simulate(
     *,
     start: Progress | None = None,
     verifier: Verifier | None = None,
-    meanwhile: Callable[[Fleet, Observer], Awaitable[None]] | None = None,
+    meanwhile: Meanwhile | None = None,
 ) -> str:
     """Run the loop to its end; the run directory holds what a real run's would, the returned text what was told.
 
     Args:
         start: the progress to resume from.
-        meanwhile: runs beside the loop, and ends before it.
+        meanwhile: runs beside the loop; closing the buffer ends that after the step in progress.
     """
     start, judge, text = start or Progress(stream="simulation"), verifier or ParityVerifier(), io.StringIO()
     view = LiveView("simulation", cfg.loop.num_steps, console=Console(file=text, width=300))
@@ -169,25 +172,20 @@ async def simulate(
                 TrainSequence(uid=prompt.uid, token_ids=prompt.token_ids, num_prompt_tokens=1)
                 for prompt in prompts[:_NUM_CANARIES]
             ]
+            buffer = GroupBuffer.of(cfg.loop)
             async with asyncio.TaskGroup() as tasks:
                 if meanwhile is not None:
-                    tasks.create_task(_as_coroutine(meanwhile, fleet, observer))
+                    tasks.create_task(meanwhile(fleet, observer, buffer))
                 await loop.train(
                     cfg,
                     stream,
                     Sampler(cfg, fleet, judge),
                     trainer,
                     FleetPublisher(trainer, fleet, canary, cfg.rollout),
-                    GroupBuffer.of(cfg.loop),
+                    buffer,
                     observer,
                 )
     return text.getvalue()
-
-
-async def _as_coroutine(
-    meanwhile: Callable[[Fleet, Observer], Awaitable[None]], fleet: Fleet, observer: Observer
-) -> None:
-    await meanwhile(fleet, observer)
 
 
 def _update(num_tokens: int) -> Update:

@@ -76,7 +76,7 @@ class Conversations:
                 talk.cancel()
             await asyncio.gather(*talks, return_exceptions=True)
 
-    async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
+    async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored | None, ...]:
         """What the engine says: scoring knows no turns."""
         return await self._engine.score(sequences)
 
@@ -102,7 +102,7 @@ class Conversations:
             async with asyncio.timeout(self._reply_timeout_s):
                 reply = _checked(await self._environment.reply(prompt, response))
         except TimeoutError:
-            self._count("timeouts", prompt, f"no reply within {self._reply_timeout_s:g} s")
+            self._count("timeouts", prompt, f"no reply in time (the deadline is {self._reply_timeout_s:g} s)")
         except Exception:  # noqa: BLE001  # the environment is a stranger; what it raises is counted, and told
             self._count("errors", prompt, traceback.format_exc())
         else:

@@ -154,7 +154,8 @@ def _part(answer: Mapping[str, Any], asked: Asked, facts: ModelFacts, record_exp
         return NOTHING
     prompt_tokens = meta.get("prompt_tokens")
     _check(prompt_tokens == asked.num_prefix, f"a prompt of {prompt_tokens} tokens", f"{asked.num_prefix}")
-    _check(_within(ids, facts.vocab_size), f"token ids {_some(ids)}", f"some, below {facts.vocab_size}")
+    if not _within(ids, facts.vocab_size):
+        raise Unusable(f"token ids {_some(ids)}: expected some, below {facts.vocab_size}")
     rows = _field(meta, "output_token_logprobs", list)
     named = np.array(_column(rows, 1), np.int64)
     _check(np.array_equal(named, ids), f"{len(rows)} log-probs", f"one for each of {num} tokens")
@@ -217,8 +218,10 @@ def _floats(values: list[Any], num: int) -> Floats:
     except (TypeError, ValueError) as err:
         raise Unusable(f"log-probs that are no numbers ({err}): expected {num}") from err
     _check(logp.shape == (num,), f"log-probs of shape {logp.shape}", f"({num},)")
-    bad = np.flatnonzero(~(np.isfinite(logp) & (logp <= 1e-3)))
-    _check(not len(bad), f"log-prob {logp[bad[:1]]} of token {bad[:1]}", "a finite number of at most 0")
+    fine = np.isfinite(logp) & (logp <= 1e-3)
+    if not fine.all():
+        bad = np.flatnonzero(~fine)[:1]
+        raise Unusable(f"log-prob {logp[bad]} of token {bad}: expected a finite number of at most 0")
     return logp
 
 
@@ -263,12 +266,14 @@ def _experts(meta: Mapping[str, Any], num_rows: int, facts: ModelFacts) -> Exper
         experts = experts[:, list(facts.router_layers)]
     if not num_rows:
         return experts.astype(np.int16)
-    _check(_within(experts, last + 1), f"expert ids {experts.min()}..{experts.max()}", f"0..{last}")
+    if not _within(experts, last + 1):
+        raise Unusable(f"expert ids {experts.min()}..{experts.max()}: expected 0..{last}")
     experts = experts.astype(np.int16)
     # A layer that nobody recorded comes as zeros: the same expert twice in one row.
     repeated = np.zeros(shape[:1] + experts.shape[1:2], np.bool_)
     for one, other in combinations(np.moveaxis(experts, -1, 0).copy(), 2):
         repeated |= one == other
-    where = np.argwhere(repeated)
-    _check(not len(where), f"one expert twice at (token, layer) {where[:1].tolist()}", "distinct experts")
+    if repeated.any():
+        where = np.argwhere(repeated)[:1].tolist()
+        raise Unusable(f"one expert twice at (token, layer) {where}: expected distinct experts")
     return experts

@@ -75,7 +75,9 @@ class Broadcast:
         while missing := {key: part for key, part in self._parts(fleet).items() if key not in self._groups}:
             await self._leave_outdated(fleet)
             meetings = {key: _Group.meet(part, self._backend, fleet) for key, part in missing.items()}
-            for key, group in (await all_within(meetings, math.inf)).items():  # each has its deadline
+            for key, group in (
+                await all_within(meetings, math.inf, fleet.straggler_s)
+            ).items():  # each has its deadline
                 if isinstance(group, RunError):
                     _drop(fleet, missing[key], group)
                 else:
@@ -92,7 +94,9 @@ class Broadcast:
                 key: self._groups[key].broadcast(part, bucket, self._device, fleet)
                 for key, part in parts.items()
             }
-            for key, problem in (await all_within(sends, math.inf)).items():  # each has its deadline
+            for key, problem in (
+                await all_within(sends, math.inf, fleet.straggler_s)
+            ).items():  # each has its deadline
                 if problem is not None:
                     self._broken.append(self._groups.pop(key))
                     _drop(fleet, parts[key], problem)
@@ -142,9 +146,8 @@ class _Group:
     def __init__(self, name: str, members: _Key, process_group: ProcessGroup, store: TCPStore) -> None:
         self._name = name
         self._members = members
-        self._process_group = process_group
+        self._process_group: ProcessGroup | None = process_group
         self._store = store  # the engines may still look into it
-        self._given_up = False
 
     @classmethod
     async def meet(cls, engines: Sequence[EngineControl], backend: str, fleet: Fleet) -> _Group:
@@ -209,19 +212,27 @@ class _Group:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
         flat = flat.to(device, non_blocking=True)
+        assert self._process_group is not None, "a group that was given up"
         self._process_group.broadcast([flat], options).wait()
         if flat.is_cuda:
             torch.cuda.current_stream(device).synchronize()
 
-    def abort(self) -> None:
-        """Give the group up at once.  What gloo has under way ends at its deadline, in a thread that nobody waits for."""
-        if self._given_up:
+    def abort(self) -> asyncio.Future[None]:
+        """Give the group up; its connections close, which frees engines that wait for us, unless gloo has something under way.
+
+        That cannot be interrupted and ends at its deadline.  Hence the thread, for which nobody need wait.
+        """
+        return in_thread(self._destroy)
+
+    def _destroy(self) -> None:
+        group, self._process_group = self._process_group, None
+        if group is None:
             return
-        self._given_up = True
-        if self._process_group.name() == "nccl":
-            self._process_group.abort()  # else our own kernel waits for the engines' for ever
-        if self._process_group in _world.pg_map:  # else the trainer has destroyed all groups before us
-            dist.destroy_process_group(self._process_group)
+        if group.name() == "nccl":
+            group.abort()  # else our own kernel waits for the engines' for ever
+        if group in _world.pg_map:  # else the trainer has destroyed all groups before us
+            dist.destroy_process_group(group)
+        # The last reference is dropped here: gloo then waits for what is under way.
 
     async def leave(self, fleet: Fleet) -> None:
         """Destroy the group on both ends; who is gone already has destroyed it."""
@@ -232,7 +243,7 @@ class _Group:
             if (engine.name, engine.url) in [identity[:2] for identity in self._members]
         }
         await all_within(asks, time.monotonic() + fleet.grace_s)
-        self.abort()
+        await asyncio.wait([self.abort()], timeout=fleet.grace_s)
 
 
 def _raise_problems(answers: Mapping[EngineControl, Any]) -> None:

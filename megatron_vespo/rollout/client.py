@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,12 @@ class Load:
 
 
 def open_pool() -> aiohttp.ClientSession:
-    """One pool of connections for all engines; make it in the loop that uses it, and close it there."""
+    """One pool of connections for all engines; make it in the loop that uses it, and close it there.
+
+    Every request under way holds a connection, which is an open file: this process is allowed as many as it may have.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_ALIVE_S)
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 

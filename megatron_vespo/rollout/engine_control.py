@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -22,7 +23,8 @@ ABORT_WITHIN_S = 1.0
 GRACE_S = 5.0
 STRAGGLER_S = 15.0
 STRAGGLER_FACTOR = 10.0
-"""Who takes so many times as long as the first of the fleet, and that many seconds, is lost: the others are paused."""
+"""Who takes so many times as long as the first of the fleet, and that many seconds (or an eighth of the deadline, if that
+is less), is lost: the others are paused, and need the rest of the deadline."""
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -189,6 +191,7 @@ class Fleet:
         self.timeout_s = timeout_s
         self.grace_s = min(GRACE_S, timeout_s / 8)
         """For each of the steps that follow a failure, of which three are kept."""
+        self.straggler_s = min(STRAGGLER_S, timeout_s / 8)
         self.until = time.monotonic() + timeout_s - 3 * self.grace_s
         self.active = list(engines)
         self.failures: dict[str, str] = {}
@@ -196,7 +199,8 @@ class Fleet:
 
     async def each(self, ask: Callable[[EngineControl], Awaitable[T]]) -> dict[EngineControl, T]:
         """Ask all active servers at once; return the answers, and drop who gave none."""
-        return self.sort_out(await all_within({engine: ask(engine) for engine in self.active}, self.until))
+        asks = {engine: ask(engine) for engine in self.active}
+        return self.sort_out(await all_within(asks, self.until, self.straggler_s))
 
     def sort_out(self, answers: Mapping[EngineControl, T | RunError]) -> dict[EngineControl, T]:
         """Drop who gave an error, and return the others' answers."""
@@ -220,7 +224,9 @@ def left_s(until: float) -> float:
     return max(until - time.monotonic(), 0.0)
 
 
-async def all_within(asks: Mapping[K, Awaitable[T]], until: float) -> dict[K, T | RunError]:
+async def all_within(
+    asks: Mapping[K, Awaitable[T]], until: float, straggler_s: float = math.inf
+) -> dict[K, T | RunError]:
     """What each returned, or the RunError that it raised; `Lost` for those cut off at the deadline or as stragglers."""
     began = time.monotonic()
     tasks = {asyncio.ensure_future(ask): key for key, ask in asks.items()}
@@ -233,7 +239,7 @@ async def all_within(asks: Mapping[K, Awaitable[T]], until: float) -> dict[K, T 
             break
         if any(task.exception() is None for task in done):
             taken_s = time.monotonic() - began
-            limit = min(limit, began + max(STRAGGLER_S, STRAGGLER_FACTOR * taken_s))
+            limit = min(limit, began + max(straggler_s, STRAGGLER_FACTOR * taken_s))
     waited_s = time.monotonic() - began
     for task in pending:
         task.cancel()

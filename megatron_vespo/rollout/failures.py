@@ -68,6 +68,10 @@ class Moved(EngineFailure):
 FAILURES = (Refused, Failed, Silent, Unusable, Lost, Aborted, Moved)
 
 
+class NobodyServes(Exception):
+    """There is no engine whose weights are confirmed."""
+
+
 class Attempts:
     """The failures of one request so far."""
 

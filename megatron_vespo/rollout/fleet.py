@@ -23,7 +23,7 @@ import aiohttp
 
 from megatron_vespo.config import RolloutConfig
 from megatron_vespo.rollout.client import Load, open_pool
-from megatron_vespo.rollout.failures import FAILURES, Attempts, EngineFailure, Lost, Unusable
+from megatron_vespo.rollout.failures import FAILURES, Attempts, EngineFailure, Lost, NobodyServes, Unusable
 from megatron_vespo.rollout.inquiry import Answered, Group, Request, Scoring, ServedModel
 from megatron_vespo.rollout.lifecycle import State
 from megatron_vespo.rollout.member import Member
@@ -130,16 +130,21 @@ class Fleet:
         self._counts["tokens"] += sum(len(response.token_ids) for response in responses)
         return responses
 
-    async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
-        """Log-probs and experts of given sequences under the newest weights that are served.
+    async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored | None, ...]:
+        """Log-probs and experts of given sequences under the newest weights that are served; None where nobody serves any.
+
+        Engines that come back do so under the weights of another moment, so nobody waits for them here.
 
         Raises:
             RunError: as `sample`.
         """
 
-        async def one(sequence: TrainSequence) -> Scored:
+        async def one(sequence: TrainSequence) -> Scored | None:
             scoring = Scoring(sequence, self._temperature, self._model)
-            return (await self._ask(scoring, self._scoring, next(self._tickets)))[0]
+            try:
+                return (await self._ask(scoring, self._scoring, next(self._tickets)))[0]
+            except NobodyServes:
+                return None
 
         return await _together([one(sequence) for sequence in sequences])
 
@@ -352,6 +357,8 @@ class Fleet:
             if member.state is State.STARTING:
                 share.routing.renew(member.name)
             share.deal()
+        nobody = all(other.state is not State.SERVING for other in self.members)
+        self._scoring.suspend(NobodyServes("engines that serve = none") if nobody else None)
         if all(other.state is State.GONE for other in self.members):
             causes = "\n  ".join(f"{other.name}: {other.why_lost}" for other in self.members)
             self._fail(
@@ -402,6 +409,7 @@ class _Share:
         self.routing = routing
         self._waiting: dict[Ask, asyncio.Future[str]] = {}
         self._end: Exception | None = None
+        self._suspension: Exception | None = None
 
     @asynccontextmanager
     async def place(self, ask: Ask) -> AsyncIterator[str]:
@@ -425,6 +433,15 @@ class _Share:
     def fail(self, error: Exception) -> None:
         """There will be no room any more."""
         self._end = error
+        self._turn_away(error)
+
+    def suspend(self, error: Exception | None) -> None:
+        """Turn away whoever waits or comes, until None is given."""
+        self._suspension = error
+        if error is not None:
+            self._turn_away(error)
+
+    def _turn_away(self, error: Exception) -> None:
         for ask, future in self._waiting.items():
             self.routing.withdraw(ask)
             if not future.done():
@@ -432,8 +449,8 @@ class _Share:
         self._waiting.clear()
 
     async def _granted(self, ask: Ask) -> str:
-        if self._end is not None:
-            raise _again(self._end)
+        if (error := self._end or self._suspension) is not None:
+            raise _again(error)
         future = self._waiting[ask] = asyncio.get_running_loop().create_future()
         self.routing.ask(ask)
         self.deal()

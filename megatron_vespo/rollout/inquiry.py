@@ -41,6 +41,10 @@ R = TypeVar("R")
 Post = Callable[[dict[str, Any], int], Awaitable[bytes]]
 """Posts the fields of a request for so many sequences to one engine, and returns the body of its answer."""
 
+COMPUTED_ONCE_FROM_TOKENS = 2048
+"""A prompt is computed before its responses begin where that saves so many tokens: SGLang takes sequences that come
+together into one batch, where each would compute the whole prompt (its own `n` prevents that, but such responses have no
+names, so they could not be aborted)."""
 PREFIXES_PER_REQUEST = 32
 IN_A_THREAD_FROM_BYTES = 256 * 1024
 """Reading a larger answer takes milliseconds, for which the loop does not wait."""
@@ -176,6 +180,8 @@ class Group:
 
     async def at(self, post: Post) -> Answered[list[Part]]:
         asked = self._asked()
+        if (self.num - 1) * len(self._prompt) >= COMPUTED_ONCE_FROM_TOKENS:
+            await post({"input_ids": [_json(self._prompt)], "sampling_params": {"max_new_tokens": 0}}, 1)
         body = await post(self._fields(asked), self.num)
         model = self._model
         parts = await _read(body, parse_parts, asked, model.facts, model.record_experts)
@@ -216,7 +222,6 @@ class Group:
         ]
 
     def _fields(self, asked: Sequence[Asked]) -> dict[str, Any]:
-        """The prefix that fresh drafts share is written once; the engine's cache shares its computation."""
         prompt = _json(self._prompt)
         prefixes = [
             _json(np.concatenate([self._prompt, draft.token_ids])) if draft.num_tokens else prompt

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 
@@ -22,6 +22,8 @@ from megatron_vespo.rollout.failures import EngineFailure, Failed, Lost, Silent
 from megatron_vespo.rollout.lifecycle import Life, Pulse, State
 from megatron_vespo.rollout.server import EngineProcess
 from megatron_vespo.types import RunError
+
+T = TypeVar("T")
 
 LOOK_EVERY_S = 1.0
 HEALTH_EVERY_S = 10.0
@@ -189,7 +191,7 @@ class Member:
         try:
             async with asyncio.timeout(self._cfg.request_timeout_s) as scope:
                 with self._under_way(_Call(rids, scope)):
-                    return await self._client.generate({**fields, "rid": rids})
+                    return await self._client.generate({**fields, **self._cache_key(prefix), "rid": rids})
         except TimeoutError:
             if self._lost.is_set() or self.life.starts != starts:
                 raise Lost(self._why_lost) from None
@@ -201,6 +203,16 @@ class Member:
         except asyncio.CancelledError:
             self._in_background(self._client.abort(rids))
             raise
+
+    def _cache_key(self, unique: str) -> dict[str, str]:
+        """Of whose cached prefixes a request may share.
+
+        A push that freezes requests in place cannot flush the cache: what was computed under other weights is told by its
+        key, and while it is not known which weights a request will meet, it shares nothing.
+        """
+        if self._cfg.partial_rollouts != "in_place":
+            return {}
+        return {"extra_key": unique if self._num_updating else f"version {self.version}"}
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -314,15 +326,23 @@ class Member:
         if not self._calls:
             if _now() - self._healthy_at < min(HEALTH_EVERY_S, self._cfg.stall_timeout_s / 4):
                 return
-            if await self._client.is_healthy():
+            if await self._soon(self._client.is_healthy()):
                 self._healthy_at = _now()
                 self._pulse.beat(_now())
             return
-        load = await self._client.load()
+        load = await self._soon(self._client.load())
         if load is not None and not self._lost.is_set():
             self._pulse.count(load.counted, _now())
             self.tokens_s = load.tokens_s
             self._owner.observed(self, load)
+
+    async def _soon(self, answer: Awaitable[T]) -> T | None:
+        """What an engine says that has not much time for it: of its silence several fit into `stall_timeout_s`."""
+        try:
+            async with asyncio.timeout(self._cfg.stall_timeout_s / 4):
+                return await answer
+        except TimeoutError:
+            return None
 
     async def _death_report(self) -> str | None:
         try:

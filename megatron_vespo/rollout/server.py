@@ -136,7 +136,6 @@ def command(
         "weight-version": version,
         "random-seed": seed,
         "log-level-http": "warning",
-        "schedule-policy": "lpm",  # the responses of a prompt come together: its prefix is computed once
     }
     env = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # for CONTEXT_SLACK alone
     if cfg.device == "cpu":

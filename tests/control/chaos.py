@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from megatron_vespo.config import TrainConfig, parse_config
+from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.observer import Observer
 from megatron_vespo.control.simulation import SimulatedTrainer, simulate, simulated_prompts
 from megatron_vespo.rollout.fleet import Fleet
@@ -25,7 +26,7 @@ from megatron_vespo.rundir import read_metrics, rollout_files
 from megatron_vespo.types import Verifier
 
 NUM_ENGINES = 3
-STEPS, PROMPTS, STALENESS = 8, 4, 1
+PROMPTS, STALENESS = 4, 1
 STRIKE_AT, PATIENCE_S = 3, 60.0
 
 Engines = Sequence[SimulatedServer]
@@ -96,7 +97,7 @@ FAULTS = [
 ]
 
 
-def config(directory: Path, **loop: object) -> TrainConfig:
+def config(directory: Path) -> TrainConfig:
     return parse_config(TrainConfig, {
         "run_dir": str(directory / "run"),
         "model": str(directory / "model"),
@@ -109,15 +110,13 @@ def config(directory: Path, **loop: object) -> TrainConfig:
             "start_timeout_s": 60,
         },
         "loop": {
-            "num_steps": STEPS, "prompts_per_step": PROMPTS, "group_size": 4, "max_staleness": STALENESS,
-            "rescored_sequences": 4, "step_timeout_s": PATIENCE_S, **loop,
+            "num_steps": 10_000, "prompts_per_step": PROMPTS, "group_size": 4, "max_staleness": STALENESS,
+            "rescored_sequences": 4, "step_timeout_s": PATIENCE_S,
         },
     })  # fmt: skip
 
 
-async def suffer_in_the_middle(
-    fault: Fault, directory: Path, verifier: Verifier | None = None
-) -> Outcome:
+async def suffer_in_the_middle(fault: Fault, directory: Path, verifier: Verifier | None = None) -> Outcome:
     """One run with one fault; `directory` holds the model, and takes everything that is written."""
     cfg, outcome = config(directory), Outcome()
     behaviour = Behaviour(lengths="lognormal:60:0.6:200", speedup=4)
@@ -125,9 +124,8 @@ async def suffer_in_the_middle(
         SimulatedServer(f"engine {i}", cfg.model, directory / f"engine-{i}.log", behaviour)
         for i in range(NUM_ENGINES)
     ]
-    trainer = SimulatedTrainer(cfg.model, cfg.rollout, lambda sequences: 0.2)
 
-    async def strike(fleet: Fleet, observer: Observer) -> None:
+    async def strike(fleet: Fleet, observer: Observer, buffer: GroupBuffer) -> None:
         await _until(lambda: observer.progress.version >= STRIKE_AT)
         await asyncio.to_thread(fault.strike, engines)
         began = time.monotonic()
@@ -135,28 +133,32 @@ async def suffer_in_the_middle(
             await _until(lambda: _restarts(fleet) >= fault.loses)
             await _until(lambda: all(member.state is State.SERVING for member in fleet.members))
             outcome.recovery_s = time.monotonic() - began
+        struck = observer.progress.version
+        await _until(lambda: observer.progress.version >= struck + 2)
         outcome.restarts = _restarts(fleet)
+        buffer.close()
 
-    # The loop goes on until the engine is back: there must be enough steps for that.
-    cfg = cfg.model_copy(update={"loop": cfg.loop.model_copy(update={"num_steps": 10_000})})
+    trainer = SimulatedTrainer(cfg.model, cfg.rollout, lambda sequences: 0.2)
     try:
         outcome.told = await simulate(
-            cfg, engines, trainer, simulated_prompts(64), verifier=verifier, meanwhile=_then_end(strike)
+            cfg, engines, trainer, simulated_prompts(64), verifier=verifier, meanwhile=strike
         )
     finally:
         await asyncio.to_thread(trainer.close)
-    records = read_metrics(cfg.run_dir / "metrics.jsonl")
-    rows = [
-        row
-        for file in rollout_files(cfg.run_dir)
-        for row in pq.read_table(file, columns=["ordinal", "sample"]).to_pylist()
-    ]
+    _read(outcome, cfg.run_dir)
+    return outcome
+
+
+def _read(outcome: Outcome, run_dir: Path) -> None:
+    """What the run directory says."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    for file in rollout_files(run_dir):
+        rows = pq.read_table(file, columns=["ordinal", "sample"]).to_pylist()
+        outcome.ordinals += [row["ordinal"] for row in rows if row["sample"] == 0]
     times = sorted(record["time/step_s"] for record in records)
     outcome.steps = [record["step"] for record in records]
-    outcome.ordinals = [row["ordinal"] for row in rows if row["sample"] == 0]
     outcome.staleness_max = max(record["staleness/max_steps"] for record in records)
     outcome.longest_step_s, outcome.usual_step_s = times[-1], times[len(times) // 2]
-    return outcome
 
 
 async def _until(happened: Callable[[], bool]) -> None:

@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict
 
 import pytest
-from megatron_vespo.data.stream import Ledger
 
 from megatron_vespo.config import ConfigError
 from megatron_vespo.control.progress import Progress, name_of_stream, rescue, start_of
+from megatron_vespo.data.stream import Ledger
 from megatron_vespo.types import RunError
 
 STREAM = name_of_stream("train", 0, True, ["a", "b"])

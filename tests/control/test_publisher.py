@@ -240,3 +240,17 @@ def test_an_engine_that_comes_back_during_a_step_gets_the_weights_after_it():
 )
 def test_the_odd_engines_are_those_outside_the_majority(digests, odd):
     assert odd_ones(dict(zip("abcd", digests, strict=False))) == list(odd)
+
+
+def test_an_engine_that_does_not_answer_the_canary_is_lost_at_the_deadline():
+    pub = publisher(Engine("a"), Engine("b"))
+    fleet = parts(pub)[1]
+    answer = fleet.score_on
+
+    async def score_on(name, sequences):
+        return await (asyncio.Event().wait() if name == "b" else answer(name, sequences))
+
+    fleet.score_on = score_on  # type: ignore[method-assign]
+    report = asyncio.run(pub.publish(0))
+    assert report.num_engines == 1
+    assert fleet.lost == ["b: did not score the canary: no answer within rollout.sync_timeout_s = 0.2"]

@@ -26,6 +26,8 @@ REWARDS = '''
 import ctypes, os, subprocess, sys, time, asyncio
 from neighbour import SEVEN
 
+print("noise of the import", flush=True)
+
 def judge(prompt, response, answer):
     """What a response can do to its judge, by what it says."""
     print("noise", flush=True)
@@ -368,7 +370,9 @@ class Server:
             assert reply is not None
             await asyncio.sleep(0)
             status, body = reply
-            return web.Response(status=status, text=body, content_type="application/json")
+            return web.Response(
+                status=status, text=body, content_type="application/json", headers={"Location": "/judge"}
+            )
         finally:
             self.at_once -= 1
 

@@ -177,7 +177,7 @@ class FakeEngine:
         finally:
             for s in sequences:
                 del self.running[s.rid]
-        answers = [s.answer(fields["routed_experts_start_len"]) for s in sequences]
+        answers = [s.answer(fields.get("routed_experts_start_len", 0)) for s in sequences]
         return web.json_response(reply(answers) if reply else answers)
 
     def _scored(self, ids):

@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
-from fake_engine import FakeEngine, expected_experts, expected_logp
 
 from megatron_vespo.config import ConfigError, RolloutConfig
 from megatron_vespo.rollout import lifecycle, member
 from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.lifecycle import State
 from megatron_vespo.types import Prompt, RunError, Sampling, TrainSequence
+from tests.rollout.fake_engine import FakeEngine, expected_experts, expected_logp
 
 PROMPT = Prompt(uid="p", token_ids=np.array([9, 8, 7], np.int32), text="", answer="")
 SAMPLING = Sampling(temperature=0.7, max_tokens=6)
@@ -106,6 +106,37 @@ def test_the_responses_of_a_prompt_go_to_one_engine_as_one_request(served_model)
         check(response)
         assert (response.num_resumed, response.engine) == (0, f"engine {requests.index([fields])}")
     assert len(set(firsts(responses))) == 4
+
+
+def test_a_long_prompt_is_sent_ahead_of_its_responses(served_model):
+    long = Prompt(uid="l", token_ids=np.arange(1100, dtype=np.int32) % 250, text="", answer="")
+
+    async def work(case):
+        await case.fleet.sample(long, 2, SAMPLING)  # saves 1100
+        await case.fleet.sample(long, 3, SAMPLING)  # saves 2200
+        return case.engines[0].requests
+
+    engine = FakeEngine("engine 0", num_prompt=1100)
+    requests = run(served_model, work, engines=[engine])
+    assert [len(r["input_ids"]) for r in requests] == [2, 1, 3]
+    assert requests[1]["sampling_params"] == {"max_new_tokens": 0}
+    assert requests[1]["input_ids"][0] == long.token_ids.tolist()
+
+
+def test_where_the_cache_outlives_a_push_no_prefix_of_other_weights_is_shared(served_model):
+    async def work(case):
+        await case.fleet.sample(PROMPT, 1, SAMPLING)
+        with case.fleet.updating(["engine 0"]):
+            for _ in range(2):  # nobody knows whether these meet old or new weights
+                await case.fleet.sample(PROMPT, 1, SAMPLING)
+        await case.push(1)
+        await case.fleet.sample(PROMPT, 1, SAMPLING)
+        return [request.get("extra_key") for request in case.engines[0].requests]
+
+    before, one, other, after = run(served_model, work, num=1, partial_rollouts="in_place")
+    assert (before, after) == ("version 0", "version 1")
+    assert len({before, one, other, after}) == 4
+    assert run(served_model, work, num=1) == [None] * 4
 
 
 def test_top_p_goes_through(served_model):
@@ -662,6 +693,22 @@ def test_scores_come_in_order_and_from_the_newest_weights(served_model):
     scored = run(served_model, work)
     assert [s.logp.tolist() for s in scored] == [pytest.approx([-0.1] * n) for n in (1, 3, 2)]
     assert [s.experts.shape for s in scored] == [(2, 4, 2), (4, 4, 2), (3, 4, 2)]
+
+
+def test_a_scoring_does_not_wait_for_engines_that_come_back_with_other_weights(served_model):
+    """One engine dies with the scoring under way; it is back at once, but not confirmed: there is nobody to ask."""
+    given = [TrainSequence(uid="s", token_ids=np.arange(4, dtype=np.int32), num_prompt_tokens=2)] * 3
+
+    async def work(case):
+        await case.engines[0].die()
+        await case.until(lambda: case.member(0).state is State.STALE)
+        nobody = await case.fleet.score(given)
+        await case.push(1)
+        return nobody, await case.fleet.score(given)
+
+    nobody, somebody = run(served_model, work, num=1)
+    assert nobody == (None, None, None)
+    assert [s.logp.tolist() for s in somebody] == [pytest.approx([-0.1] * 2)] * 3
 
 
 class Chaos:

@@ -206,6 +206,32 @@ def test_a_sequence_as_long_as_the_context_is_served_whole(sglang_server, server
     assert response.finish_reason == "stop" or len(response.token_ids) == limit
 
 
+def test_a_long_prompt_is_computed_once_for_all_its_responses(
+    sglang_server, server_rollout_config, reference, prompt
+):
+    rng = np.random.default_rng(0)
+    long = replace(prompt, token_ids=rng.integers(0, 256, 300).astype(np.int32))
+
+    async def computed():
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(sglang_server.url + "/v1/loads") as answer,
+        ):
+            return (await answer.json())["loads"][0]["total_prefill_uncached_tokens"]
+
+    async def work(fleet):
+        before = await computed()
+        responses = await fleet.sample(long, 8, sampling(4))
+        return responses, await computed() - before
+
+    responses, num_computed = ask(sglang_server, server_rollout_config, work)
+    assert 300 <= num_computed < 400  # 2400 without sharing
+    for response in responses:
+        ids = whole(long, response)
+        assert np.abs(response.behavior_logp - logp_of(reference, ids, 300)).max() < 1e-4
+        assert (np.sort(response.experts, -1) == experts_of(reference, ids)).all()
+
+
 def across_a_push(server, config, prompt, directory, mode):
     """Responses of about 264 tokens, some of which are under way when other weights are pushed as version 1."""
 

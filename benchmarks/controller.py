@@ -35,6 +35,7 @@ import psutil
 from asynchrony import LabellingTrainer
 
 from megatron_vespo.config import TrainConfig, parse_config
+from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.observer import Observer
 from megatron_vespo.control.simulation import simulate, simulated_prompts
 from megatron_vespo.data.demo import write_tiny_model
@@ -178,7 +179,7 @@ async def loop(directory: Path, num_steps: int, profile: cProfile.Profile | None
     behaviour = replace(AT_ONCE, lengths="uniform:150:362", decode_tokens_s=64.0)  # 4 s for each response
     seen = list[tuple[float, float]]()
 
-    async def look(fleet: Fleet, observer: Observer) -> None:
+    async def look(fleet: Fleet, observer: Observer, _: GroupBuffer) -> None:
         for version in (1, num_steps):
             while observer.progress.version < version:
                 under_way.append(fleet.metrics()["fleet/running"])

@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
 
-from megatron_vespo.config import ConfigError
+from megatron_vespo.config import ConfigError, RolloutConfig
+from megatron_vespo.rollout.engine_control import Target
 from megatron_vespo.rollout.simulated_engine import (
     Behaviour,
     SimulatedServer,
@@ -517,15 +518,17 @@ def test_what_is_aborted_while_retracted_loses_its_newest_tokens(served_model):
 
 def test_an_abort_means_every_id_that_begins_so_and_no_sample_of_several(served_model):
     async def work(engine):
-        tasks = [engine.begin(rid="a"), engine.begin(rid="ab"), engine.begin(rid="b")]
-        tasks.append(engine.begin(rid="c", params={"n": 2}))
+        tasks = [engine.begin(rid="x"), engine.begin(rid="xy"), engine.begin(rid="y")]
+        tasks.append(
+            engine.begin(rid="z", params={"n": 2})
+        )  # whose samples have hexadecimal names of their own
         await engine.until(lambda s: s["running"] == 5)
-        await engine.post("/abort_request", {"rid": "a"})
-        await engine.post("/abort_request", {"rid": "c"})
+        await engine.post("/abort_request", {"rid": "x"})
+        await engine.post("/abort_request", {"rid": "z"})
         return await asyncio.gather(*tasks)
 
-    a, ab, b, c = run(served_model, work, replace(FAST, speedup=5))
-    types = [x["meta_info"]["finish_reason"]["type"] for x in (a, ab, b, *c)]
+    x, xy, y, z = run(served_model, work, replace(FAST, speedup=5))
+    types = [one["meta_info"]["finish_reason"]["type"] for one in (x, xy, y, *z)]
     assert types == ["abort", "abort", "stop", "stop", "stop"]
 
 
@@ -568,6 +571,17 @@ def test_weights_are_replaced_when_nothing_is_inside_or_in_a_pause(served_model)
     first, second, info = run(served_model, work)
     assert [spans(first), spans(second)] == [[(0, 0, 200)], [(1, 0, 200)]]
     assert info["weight_version"] == "2"
+
+
+def test_a_flush_waits_as_long_as_told(served_model):
+    async def work(engine):
+        task = engine.begin()
+        await engine.until(lambda s: s["running"] == 1)
+        refused = await engine.call("POST", "/flush_cache?timeout=0.01")
+        flushed = await engine.call("POST", "/flush_cache?timeout=30")
+        return refused[0], flushed[0], len((await task)["output_ids"])
+
+    assert run(served_model, work) == (400, 200, 200)
 
 
 def test_impossible_requests_are_refused(served_model):
@@ -729,32 +743,41 @@ def fetch(url, path, body=None):
         return err.code, json.loads(text) if text[:1] in (b"{", b"[") else text.decode()
 
 
-def test_a_push_is_received_and_divides_responses_exactly(process, served_model):
+@pytest.mark.parametrize("transport", ["broadcast", "shared_memory", "disk"])
+def test_a_push_is_received_and_divides_responses_exactly(process, served_model, tmp_path, transport):
     tensors = load_file(served_model / "model.safetensors")
     changed = {name: tensor + 1 for name, tensor in tensors.items()}
-    connection = WeightSync.connect(
-        process.url, served_model, backend="gloo", device=torch.device("cpu"), bucket_bytes=400_000, timeout_s=30,
+    cfg = RolloutConfig(
+        device="cpu", sync_transport=transport, sync_bucket_bytes=400_000, partial_rollouts="retract", sync_timeout_s=60,
+        sync_directory=tmp_path if transport == "disk" else None,
     )  # fmt: skip
+    sync, target = WeightSync(served_model, cfg, torch.device("cpu")), Target("e0", process.url)
+    first = sync.push(iter(tensors.items()), 1, [target])  # connects, and takes longer
+    assert not first.failures
     body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 200}, "return_logprob": True}
     answers = []
     sampling = threading.Thread(target=lambda: answers.append(fetch(process.url, "/generate", body)))
-    before = process.state()["sampled_tokens"]
+    before = process.state()
     sampling.start()
-    while process.state()["sampled_tokens"] < before + 20:
+    while process.state()["sampled_tokens"] < before["sampled_tokens"] + 20:
         pass
-    num_bytes, _ = connection.push(iter(changed.items()), 1)
+    outcome = sync.push(iter(changed.items()), 2, [target])
     sampling.join()
-    connection.close()
+    sync.close()
 
+    assert not outcome.failures
     ((_, answer),) = answers
     (_, _, cut), _ = spans(answer)
-    assert spans(answer) == [(0, 0, cut), (1, cut, 200)]
+    assert spans(answer) == [(1, 0, cut), (2, cut, 200)]
     assert logps(answer) == expected_logps(answer, *spans(answer))
-    assert process.state()["received_bytes"] == num_bytes == sum(t.nbytes for t in changed.values())
+    if transport != "disk":
+        received = process.state()["received_bytes"] - before["received_bytes"]
+        assert received == outcome.num_bytes == sum(t.nbytes for t in changed.values())
     _, report = fetch(process.url, "/weights_checker", {"action": "checksum"})
     assert report["ranks"][0]["checksums"] == {
         name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16] for name, tensor in changed.items()
     }
+    assert outcome.digests == {"e0": report["per_engine_checksum"]}
 
 
 def test_engines_of_one_process_are_ranks_of_one_group_and_die_alone(served_model, tmp_path):

@@ -40,6 +40,17 @@ class Behaviour:
     faults: list[str] = field(default_factory=list)
     """JSON objects as POST /simulate takes them (see faults.py)."""
 
+    @property
+    def step_s(self) -> tuple[float, float]:
+        """A decode step takes the first number of seconds, and the second for each request; not sped up."""
+        each = 1 / self.max_decode_tokens_s
+        return 1 / self.decode_tokens_s - each, each
+
+    def throughput(self, num_requests: int) -> float:
+        """Tokens per second of so many requests that decode together; not sped up."""
+        base, each = self.step_s
+        return num_requests / (base + each * num_requests)
+
     def argv(self) -> list[str]:
         """The options that make a process behave so."""
         words: list[str] = []

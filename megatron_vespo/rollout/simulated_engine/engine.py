@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 KEEP_ALIVE_S = 5.0
 HEALTH_CHECK_S = 20.0
 PAUSE_POLL_S = 1.0
+FLUSH_POLL_S = 0.002
 MAX_BODY_BYTES = 1 << 32
 
 Body = dict[str, Any]
@@ -88,6 +90,7 @@ class SimulatedEngine:
         capacity = capacity or self._behaviour.max_running_requests * self._context_length
         self._label = label
         self._dead = False
+        self._startup_s = time.perf_counter()  # any number that another life does not have
         self._scheduler = Scheduler(self._behaviour, capacity, label, version_number(label), self._loop)
         self._generation = Generation(self._content, self._context_length, self._loop)
         self._weights = Weights(self._model)
@@ -124,7 +127,7 @@ class SimulatedEngine:
         if handler is None:
             return _json({"detail": "Method Not Allowed"}, 405)
         try:
-            answer = await handler(await _body(request))
+            answer = await handler({**request.query, **await _body(request)})
         except Refused as err:
             return _json({"success": False, "message": str(err)}, 400)
         except Unacceptable as err:
@@ -272,10 +275,16 @@ class SimulatedEngine:
             self._aborts_in_pause = []
         return _json({"message": "Generation continued successfully.", "status": "ok"})
 
-    async def _flush_cache(self, _: Body) -> web.Response:
+    async def _flush_cache(self, body: Body) -> web.Response:
+        """With `timeout`, seconds, it waits for the requests to end."""
         await self._awake.wait()
-        if not self._flush():
-            return web.Response(text="Flush cache failed.\n", status=400)
+        timeout_s = float(body.get("timeout", 0))
+        deadline = self._loop.time() + timeout_s
+        while not self._flush():
+            if self._loop.time() >= deadline:
+                why = "Timed out waiting for idle state." if timeout_s else "Flush cache failed.\n"
+                return web.Response(text=why, status=400)
+            await asyncio.sleep(FLUSH_POLL_S)
         return web.Response(
             text="Cache flushed.\nPlease check backend logs for more details. (When there are running or waiting "
             "requests, the operation will not be performed.)\n"
@@ -420,8 +429,8 @@ class SimulatedEngine:
 
     async def _server_info(self, _: Body) -> web.Response:
         await self._awake.wait()
-        capacity = self._scheduler.capacity
-        return _json(reports.server_info(self._model, self._behaviour, self._context_length, capacity))
+        info = reports.server_info(self._model, self._behaviour, self._context_length, self._scheduler)
+        return _json(info | {"startup_time": reports.startup_time(self._startup_s)})
 
     async def _loads(self, _: Body) -> web.Response:
         return _json(reports.loads(self._scheduler))

@@ -34,7 +34,7 @@ def model_info(model: Path, label: str) -> dict[str, Any]:
     }
 
 
-def server_info(model: Path, behaviour: Behaviour, context_length: int, capacity: int) -> dict[str, Any]:
+def server_info(model: Path, behaviour: Behaviour, context_length: int, load: Scheduler) -> dict[str, Any]:
     """GET /server_info: of the hundreds of options those that mean something here."""
     options = {
         "model_path": str(model),
@@ -46,17 +46,30 @@ def server_info(model: Path, behaviour: Behaviour, context_length: int, capacity
         "tp_size": 1,
         "pp_size": 1,
         "dp_size": 1,
+        "enable_dp_attention": False,
         "disable_radix_cache": False,
         "enable_metrics": behaviour.metrics,
         "enable_return_routed_experts": True,
     }
     return options | {
         "status": "ready",
-        "max_total_num_tokens": capacity,
+        "max_total_num_tokens": load.capacity,
         "max_req_input_len": context_length - 6,
         "internal_states": [options],
         "version": SGLANG_VERSION,
         "frontend": "python",
+    }
+
+
+def startup_time(total_s: float) -> dict[str, Any]:
+    """Of the start of one life."""
+    phases = ("prefill", "decode", "target_verify", "draft_prefill", "draft_decode", "draft_extend")
+    return {
+        "load_weight": 0.0,
+        "kv_cache_allocation": 0.0,
+        "scheduler_e2e": total_s,
+        "cuda_graph": dict.fromkeys(phases, 0.0),
+        "tokenizer_e2e": total_s,
     }
 
 

@@ -86,8 +86,7 @@ class Scheduler:
         self.num_delivered = 0  # tokens of requests that ended
         self.decode_moments = [0.0] * 6
         """Sums over decode steps of 1, requests, us, requests^2, requests * us, tokens."""
-        self._first_step_s = 1 / behaviour.decode_tokens_s - 1 / behaviour.max_decode_tokens_s
-        self._step_per_request_s = 1 / behaviour.max_decode_tokens_s
+        self._step_base_s, self._step_each_s = behaviour.step_s
         self._prefill_tokens_s = behaviour.prefill_tokens_s
         self._speedup = behaviour.speedup
         self._loop = loop
@@ -219,7 +218,7 @@ class Scheduler:
         return self._held_prefilling + self._held_decoding + len(self._decoding) * self._steps
 
     def _step_s(self) -> float:
-        return self._first_step_s + self._step_per_request_s * len(self._decoding)
+        return self._step_base_s + self._step_each_s * len(self._decoding)
 
     def _rate(self) -> float:
         return 0.0 if self._stalls else self._speedup / self.slowdown

@@ -34,7 +34,17 @@ from megatron_vespo.rollout.answers import (
 )
 from megatron_vespo.rollout.failures import Aborted, Moved
 from megatron_vespo.rollout.model import ModelFacts, read_facts
-from megatron_vespo.types import Floats, Ints, Prompt, Response, Sampling, Scored, TrainSequence, VersionSpan
+from megatron_vespo.types import (
+    Floats,
+    Ints,
+    Prompt,
+    Response,
+    RunError,
+    Sampling,
+    Scored,
+    TrainSequence,
+    VersionSpan,
+)
 
 T = TypeVar("T", covariant=True)
 R = TypeVar("R")
@@ -167,6 +177,11 @@ class Group:
 
     def __init__(self, prompt: Prompt, num: int, sampling: Sampling, model: ServedModel) -> None:
         self.who = f"prompt '{prompt.uid}'"
+        if prompt.token_ids.max(initial=0) >= model.facts.vocab_size:
+            raise RunError(
+                f"{self.who} = token id {prompt.token_ids.max()}: expected ids below {model.facts.vocab_size}, the model's "
+                "vocabulary, because SGLang dies of others; mend the tokenizer, or the environment that wrote it"
+            )
         self.uid = prompt.uid
         self.drafts = [Draft() for _ in range(num)]
         self.unfinished = list(self.drafts)

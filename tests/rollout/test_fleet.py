@@ -139,6 +139,16 @@ def test_where_the_cache_outlives_a_push_no_prefix_of_other_weights_is_shared(se
     assert run(served_model, work, num=1) == [None] * 4
 
 
+def test_a_token_of_which_the_server_would_die_is_not_sent(served_model):
+    async def work(case):
+        odd = Prompt(uid="odd", token_ids=np.array([9, 10**6], np.int32), text="", answer="")
+        with pytest.raises(RunError, match="prompt 'odd' = token id 1000000: expected ids below"):
+            await case.fleet.sample(odd, 1, SAMPLING)
+        return [request for engine in case.engines for request in engine.requests]
+
+    assert run(served_model, work) == []
+
+
 def test_top_p_goes_through(served_model):
     async def work(case):
         await case.fleet.sample(PROMPT, 1, Sampling(temperature=1.0, max_tokens=2, top_p=0.8))

@@ -104,7 +104,7 @@ def evaluate(
     cfg = load_config(TrainConfig, config, overrides or ())
     from megatron_vespo.control import run
 
-    sets = run.evaluate(cfg, cfg.run_dir / "logs")
+    sets = run.evaluate(cfg, cfg.run_dir / "logs" / "eval")
     for one in sets:
         _print(one.describe())
     file = output or cfg.run_dir / "eval.json"

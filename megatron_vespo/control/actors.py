@@ -81,9 +81,9 @@ class RankActor:
         )
         self._sync: WeightSync | None = None
 
-    def gpus(self) -> tuple[int, ...]:
-        """The GPUs of this rank, as its node numbers them."""
-        return tuple(int(gpu) for gpu in ray.get_gpu_ids())
+    def gpus(self) -> tuple[str, tuple[int, ...]]:
+        """The node of this rank, and its GPUs, as that numbers them."""
+        return ray.get_runtime_context().get_node_id(), tuple(int(gpu) for gpu in ray.get_gpu_ids())
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and free port of this process, for the process groups that rank 0 hosts."""
@@ -113,9 +113,7 @@ class RankActor:
         return self._rank.score(sequences, capture_experts=False)
 
     def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
-        """Gather the weights on all ranks and push them from rank 0; None where they are not `version` any more."""
-        if self._rank.num_steps != version:
-            return None
+        """Gather the weights on all ranks, and push them from rank 0 (the others: None)."""
         tensors = self._rank.export()
         try:
             return self._sync.push(tensors, version, targets) if self._sync else None
@@ -182,6 +180,8 @@ class TrainerGroup:
         self._actors: list[Any] = []
         self._a_rank_failed = False
         self._saving: _Saving | None = None
+        self._turn = asyncio.Lock()
+        """Of what works on the weights: a deadline runs while the ranks do it, not while they do something else first."""
 
     async def __aenter__(self) -> TrainerGroup:
         try:
@@ -210,9 +210,23 @@ class TrainerGroup:
         for actor in self._actors:
             ray.kill(actor)
 
-    async def gpus(self) -> list[int]:
-        """GPU of every rank, in rank order; empty on CPU."""
-        return [gpu for gpus in await self._all("gpus") for gpu in gpus]
+    async def gpus_of_engines(self, cfg: RolloutConfig) -> dict[int, tuple[int, ...]]:
+        """The GPUs that each colocated engine shares with ranks, by its index.
+
+        Raises:
+            RunError: the ranks of an engine are on several nodes.
+        """
+        places, num = await self._all("gpus"), cfg.resolved_gpus_per_engine
+        shared = {}
+        for index in range(cfg.engines):
+            mine = places[index * num : (index + 1) * num]
+            if len({node for node, _ in mine}) > 1:
+                raise RunError(
+                    f"engine {index} = GPUs of trainer ranks {index * num}..{(index + 1) * num - 1}, on several nodes: a colocated "
+                    "engine needs all of its GPUs on one; free whole nodes for the run, or make rollout.tensor_parallel smaller"
+                )
+            shared[index] = tuple(gpu for _, gpus in mine for gpu in gpus)
+        return shared
 
     async def prepare_to_push(self, cfg: RolloutConfig) -> None:
         """Make `push` possible, which connects to the engines when it first meets them."""
@@ -220,17 +234,20 @@ class TrainerGroup:
 
     async def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
         """Push the ranks' weights as `version`; None if a step was in progress, which ends first and makes a newer one."""
-        return (await self._all("push", list(targets), version))[0]
+        async with self._turn:
+            return (await self._all("push", list(targets), version))[0] if version == self._version else None
 
     async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
         """Log-probs under the weights that the ranks hold."""
-        return merge_scores(await self._all("score", list(sequences)), sequences)
+        async with self._turn:
+            return merge_scores(await self._all("score", list(sequences)), sequences)
 
     async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
         batch = ray.put(list(sequences))
-        calls = [actor.step.remote(batch, self._version, self._records_experts) for actor in self._actors]
-        outputs = await self._gather("step", calls, deadline_s=math.inf)  # the loop's clock bounds it
-        self._version += 1
+        async with self._turn:
+            calls = [actor.step.remote(batch, self._version, self._records_experts) for actor in self._actors]
+            outputs = await self._gather("step", calls, deadline_s=math.inf)  # the loop's clock bounds it
+            self._version += 1
         await self._commit_if_written()  # the ranks have time to answer, and the files had time to be written
         return merge_step(outputs, sequences)
 

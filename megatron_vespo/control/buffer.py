@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
@@ -21,6 +22,10 @@ class Ticket:
     group: Group | None = None
     ordinal: int = -1
     """Place of its prompt in the prompt stream."""
+    has_expired: bool = False
+    """It can no longer be trained on in time."""
+    give_up: Callable[[], object] | None = None
+    """Ends the sampling of its group."""
 
 
 class GroupBuffer:
@@ -137,6 +142,9 @@ class GroupBuffer:
         expired = [ticket for ticket in self._queue if ticket.last_step < self._version]
         for ticket in expired:
             self._remove(ticket)
+            ticket.has_expired = True
+            if ticket.give_up is not None and ticket.group is None:
+                ticket.give_up()
         return expired
 
     def close(self) -> None:

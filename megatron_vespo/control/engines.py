@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from megatron_vespo.config import ConfigError, RolloutConfig
 from megatron_vespo.control.cluster import LOOPBACK, Options
@@ -24,6 +24,8 @@ from megatron_vespo.types import RunError
 logger = logging.getLogger(__name__)
 
 _ANSWERS_WITHIN_S = 10.0
+_PLACED_WITHIN_S = 120.0
+"""Its place is reserved; an actor that does not come into being there has lost its node."""
 
 
 @ray.remote
@@ -83,15 +85,22 @@ class RayEngine:
             str(self._logs / f"{slug}-actor.log")
         )
         log = self._logs / f"{slug}.log"
+        limit_s = self._cfg.start_timeout_s + _PLACED_WITHIN_S
         try:
-            return await self._actor.start.remote(self.name, self._cfg, self._model, log, **self._options)
+            async with asyncio.timeout(limit_s):
+                return await self._actor.start.remote(self.name, self._cfg, self._model, log, **self._options)
         except RayTaskError as error:
             if isinstance(error.cause, RunError | ConfigError):
                 raise error.cause from None
             raise RunError(
                 f"{self.name}: {error.cause!r} while it started; see {self._logs / slug}-actor.log"
             ) from error
-        except RayActorError as error:
+        except TimeoutError:
+            raise RunError(
+                f"{self.name}: not started within {limit_s:.0f} s (rollout.start_timeout_s and the time for its actor); its "
+                "node may be gone"
+            ) from None
+        except RayError as error:
             raise RunError(
                 f"{self.name}: its actor died while it started ({error}); see Ray's logs"
             ) from error
@@ -101,7 +110,7 @@ class RayEngine:
         actor, self._actor = self._actor, None
         if actor is None:
             return
-        with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
+        with contextlib.suppress(RayError, TimeoutError):
             async with asyncio.timeout(3 * _ANSWERS_WITHIN_S):
                 await actor.stop.remote()
         ray.kill(actor)
@@ -113,5 +122,5 @@ class RayEngine:
         try:
             async with asyncio.timeout(_ANSWERS_WITHIN_S):
                 return await self._actor.death_report.remote()
-        except (RayActorError, TimeoutError) as error:
+        except (RayError, TimeoutError) as error:
             return f"is out of reach: its actor {error or f'did not answer for {_ANSWERS_WITHIN_S:.0f} s'}"

@@ -32,10 +32,11 @@ async def train(
     """
     version = observer.progress.version
     observer.started(await publisher.publish(version))  # mu = pi before the first token
-    await observer.first_evaluation()
 
     async with asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(publisher.follow())]  # engines that come (back) between two steps
+        await observer.first_evaluation(StepClock(version, cfg.loop.step_timeout_s, "loop.step_timeout_s"))
+        observer.begin()
         background += [
             tasks.create_task(produce(cfg, prompts, sampler, buffer, observer))
             for _ in range(buffer.capacity)
@@ -59,6 +60,7 @@ async def train(
             prompts.done([group.ordinal for group in groups], "trained")
             for ticket in buffer.release():
                 prompts.give_back(ticket.ordinal)
+                observer.expired()
             await observer.step(groups, output, rescored, sync)
             await observer.evaluate(tasks, clock)
             observer.finish(clock, sum(len(sequence.token_ids) for sequence in batch))
@@ -80,7 +82,14 @@ async def produce(
         ticket.ordinal, prompt = (
             prompts.issue()
         )  # no await in between: places and prompts are in the same order
-        group = await sampler.group(prompt, ticket.ordinal)
+        sampling = asyncio.ensure_future(sampler.group(prompt, ticket.ordinal))
+        ticket.give_up = sampling.cancel
+        try:
+            group = await sampling
+        except asyncio.CancelledError:
+            if ticket.has_expired:
+                continue
+            raise
         has_signal = any(rollout.advantage for rollout in group.rollouts)
         if has_signal or not cfg.loop.filter_groups:
             buffer.fill(ticket, group)

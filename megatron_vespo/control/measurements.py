@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,31 +73,40 @@ def step_metrics(
     }
 
 
-def filter_metrics(kept: Sequence[Group], filtered: Sequence[Group]) -> Metrics:
+class Filtered(NamedTuple):
+    """What is remembered of a group that was dropped."""
+
+    num: int
+    reward: float
+    """Of each of its responses: they are all equal."""
+    length_sum: int
+
+    @classmethod
+    def of(cls, group: Group) -> Filtered:
+        lengths = [rollout.response.num_sampled for rollout in group.rollouts]
+        return cls(len(lengths), group.rollouts[0].reward, sum(lengths))
+
+
+def filter_metrics(kept: Sequence[Group], filtered: Sequence[Filtered]) -> Metrics:
     """What dropping groups without signal does to the data: how many, and how kept and dropped ones differ.
 
     Args:
         kept: the groups of this step's batch.
         filtered: those that were dropped since the batch before.
     """
+    rollouts = [rollout for group in kept for rollout in group.rollouts]
+    rewards = [r.reward for r in rollouts] + [group.reward for group in filtered for _ in range(group.num)]
     metrics: Metrics = {
         "filter/dropped_groups": len(filtered),
         "filter/dropped_fraction": len(filtered) / (len(kept) + len(filtered)),
-        "filter/kept_length_mean": _length_mean(kept),
-        "filter/sampled_reward_mean": float(
-            np.mean([rollout.reward for group in [*kept, *filtered] for rollout in group.rollouts])
-        ),
+        "filter/kept_length_mean": float(np.mean([r.response.num_sampled for r in rollouts])),
+        "filter/sampled_reward_mean": float(np.mean(rewards)),
     }
     if filtered:
-        metrics["filter/dropped_length_mean"] = _length_mean(filtered)
-        metrics["filter/dropped_reward_mean"] = float(
-            np.mean([group.rollouts[0].reward for group in filtered])
-        )
+        num = sum(group.num for group in filtered)
+        metrics["filter/dropped_length_mean"] = sum(group.length_sum for group in filtered) / num
+        metrics["filter/dropped_reward_mean"] = float(np.mean([group.reward for group in filtered]))
     return metrics
-
-
-def _length_mean(groups: Sequence[Group]) -> float:
-    return float(np.mean([rollout.response.num_sampled for group in groups for rollout in group.rollouts]))
 
 
 def optimizer_metrics(output: StepOutput) -> Metrics:

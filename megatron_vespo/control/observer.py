@@ -11,7 +11,7 @@ from megatron_vespo.config import TrainConfig
 from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.clock import StepClock
 from megatron_vespo.control.evaluation import Evaluated
-from megatron_vespo.control.measurements import Metrics, filter_metrics, step_metrics
+from megatron_vespo.control.measurements import Filtered, Metrics, filter_metrics, step_metrics
 from megatron_vespo.control.progress import Progress
 from megatron_vespo.data.stream import EpochStream
 from megatron_vespo.metrics import LiveView, RunLog
@@ -31,6 +31,8 @@ class Sources(NamedTuple):
     """Of this moment."""
     evaluate: Evaluate | None
     """Samples the held-out sets; None without any."""
+    begun: Callable[[], object] = lambda: None
+    """Told when training begins, so that from then on a run can end after a step."""
 
 
 class Observer:
@@ -50,7 +52,9 @@ class Observer:
         self._run, self._log, self._view, self._sources = run, log, view, sources
         self._failed_before: Mapping[str, int] = {}
         self._in_training: Sequence[Group] = ()
-        self._filtered: list[Group] = []
+        self._taken: Metrics = {}
+        self._filtered: list[Filtered] = []
+        self._num_expired = 0
         self._evaluation: asyncio.Task[Sequence[Evaluated]] | None = None
         self._pending: Metrics = {}
 
@@ -82,14 +86,18 @@ class Observer:
     def taken(self, groups: Sequence[Group], buffer: GroupBuffer) -> None:
         """A batch goes to the trainer."""
         self._in_training = groups
-        self._pending |= {
+        self._taken = {
             "loop/overtaken_groups": buffer.num_overtaken,
             "loop/waiting_groups": buffer.num_finished,
         }
 
     def filtered(self, group: Group) -> None:
         """A group without signal was dropped."""
-        self._filtered.append(group)
+        self._filtered.append(Filtered.of(group))
+
+    def expired(self) -> None:
+        """A prompt that oversampling had admitted was not needed in time, and is sampled again."""
+        self._num_expired += 1
 
     async def step(
         self, groups: Sequence[Group], output: StepOutput, rescored: Sequence[Scored | None], sync: SyncReport
@@ -98,33 +106,45 @@ class Observer:
         self._version += 1
         self._in_training = ()
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        self._pending |= step_metrics(self._version, rollouts, output, rescored, sync)
+        self._pending |= self._taken
+        # In a thread: with long responses this takes seconds, for which nobody else waits.
+        self._pending |= await asyncio.to_thread(
+            step_metrics, self._version, rollouts, output, rescored, sync
+        )
         self._pending |= self._failures() | _prompt_metrics(self._sources.prompts)
         self._pending |= self._sources.engine_metrics()
         if self._cfg.loop.filter_groups:
             self._pending |= filter_metrics(groups, self._filtered)
-            self._filtered = []
+            self._pending["filter/expired_groups"] = self._num_expired
+            self._filtered, self._num_expired = [], 0
         if sync.num_lost:
             self._view.event(
                 f"version {self._version}: {sync.num_lost} engine(s) lost during the push; {sync.num_engines} serve it"
             )
-        rows = rollout_rows(groups, output, rescored, step=self._version)
-        await asyncio.to_thread(write_rollouts, self._run.rollouts, rows)
+        await asyncio.to_thread(self._write_rollouts, groups, output, rescored)
 
-    async def first_evaluation(self) -> None:
+    def begin(self) -> None:
+        """Training begins."""
+        self._sources.begun()
+
+    async def first_evaluation(self, clock: StepClock) -> None:
         """Of the weights before any training; a resumed run had it."""
         if self._sources.evaluate and self._version == 0:
-            self._evaluated(await self._sources.evaluate())
+            self._evaluated(await clock.lap("eval", self._sources.evaluate()))
 
     async def evaluate(self, tasks: asyncio.TaskGroup, clock: StepClock) -> None:
         """Evaluate if it is due: now, or (evaluation.waits = false) beside the next steps, one evaluation at a time."""
         due = self._sources.evaluate is not None and self._is_due(self._cfg.evaluation.every)
+        is_last = self._version == self._cfg.loop.num_steps
         if self._evaluation is not None and (due or self._evaluation.done()):
-            self._evaluated(await clock.lap("eval", self._evaluation))
-            self._evaluation = None
+            earlier, self._evaluation = await clock.lap("eval", self._evaluation), None
+            if not is_last:  # else it would stand where the last one will
+                self._evaluated(earlier)
+            else:
+                self._tell(earlier)
         if not due or self._sources.evaluate is None:
             return
-        if self._cfg.evaluation.waits or self._version == self._cfg.loop.num_steps:
+        if self._cfg.evaluation.waits or is_last:
             self._evaluated(await clock.lap("eval", self._sources.evaluate()))
         else:
             self._evaluation = tasks.create_task(_of(self._sources.evaluate))
@@ -160,13 +180,22 @@ class Observer:
     def _is_due(self, every: int) -> bool:
         return self._version == self._cfg.loop.num_steps or (every > 0 and self._version % every == 0)
 
+    def _tell(self, sets: Sequence[Evaluated]) -> None:
+        for one in sets:
+            self._view.event(f"version {_versions(one)}: {one.describe()}")
+
     def _evaluated(self, sets: Sequence[Evaluated]) -> None:
+        self._tell(sets)
         for one in sets:
             self._pending |= one.metrics()
-            self._view.event(f"version {_versions(one)}: {one.describe()}")
         self._pending["reward/heldout_mean"] = sum(one.avg for one in sets) / len(sets)
         if self._version == 0:  # there is no step to join
             self.flush()
+
+    def _write_rollouts(
+        self, groups: Sequence[Group], output: StepOutput, rescored: Sequence[Scored | None]
+    ) -> None:
+        write_rollouts(self._run.rollouts, rollout_rows(groups, output, rescored, step=self._version))
 
     def _failures(self) -> Metrics:
         """Since the last step."""

@@ -137,7 +137,7 @@ async def rescue(
         await keep(trainer, progress_at(reached))
         if trainer.saved_version > before:
             tell(f"saved after the failure: checkpoint of version {trainer.saved_version}")
-    except (RunError, OSError) as err:
+    except (RunError, ConfigError, OSError) as err:
         tell(f"steps after {trainer.saved_version} are not saved: {err}")
 
 

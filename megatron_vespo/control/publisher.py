@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
@@ -45,6 +45,8 @@ class _Tally:
 
     num_bytes: int = 0
     num_lost: int = 0
+    is_outdated: bool = False
+    """The trainer holds newer weights by now."""
     gaps: list[float] = field(default_factory=list)
     """Of the canary, nats, one for each engine that was confirmed."""
     time_s: Counter[str] = field(default_factory=Counter)
@@ -64,8 +66,10 @@ class FleetPublisher:
         self._source, self._fleet, self._canary, self._cfg = source, fleet, list(canary), cfg
         self._turn = asyncio.Lock()
         self._trained: tuple[int, Sequence[Scored]] = (-1, ())
-        self._digest = ""
+        self._digests: tuple[int, dict[str, str]] = (-1, {})
+        """The newest version with a digest of it, and by layout what engines that are confirmed at it hold."""
         self._changed: bool | None = None
+        self._published = asyncio.Event()
 
     async def publish(self, version: int) -> SyncReport:
         """Return as soon as every engine that lives serves `version`; at least one.
@@ -78,6 +82,8 @@ class FleetPublisher:
             for _ in range(_MAX_PUSHES):
                 if await self._push(version, tally):
                     break
+            self._published.set()
+            self._published = asyncio.Event()
         serving = self._num_serving(version)
         if not serving:
             raise RunError(
@@ -101,9 +107,12 @@ class FleetPublisher:
         """
         while True:
             await self._fleet.newcomer()
+            tally, published = _Tally(), self._published
             async with self._turn:
-                if self._fleet.version is not None:  # before the first publication there is nothing to follow
-                    await self._push(self._fleet.version, _Tally())
+                if self._fleet.version is not None:
+                    await self._push(self._fleet.version, tally)
+            if tally.is_outdated or self._fleet.version is None:
+                await published.wait()
 
     async def _push(self, version: int, tally: _Tally) -> bool:
         """Push to every engine that lives and is not at `version`; whether there is no more to do."""
@@ -113,6 +122,7 @@ class FleetPublisher:
         with self._fleet.updating([member.name for member in members]):
             outcome = await self._source.push([Target(m.name, m.url) for m in members], version)
             if outcome is None:
+                tally.is_outdated = True
                 return True
             gaps = await self._confirm(outcome, members)
         tally.num_bytes += outcome.num_bytes
@@ -144,10 +154,9 @@ class FleetPublisher:
         complete = [
             m.name for m in members if m.name not in outcome.failures and m.name not in outcome.incomplete
         ]
-        digests = {name: outcome.digests[name] for name in complete if name in outcome.digests}
-        for name in (odd := odd_ones(digests)):
+        odd = self._odd(outcome.version, {n: outcome.digests[n] for n in complete if n in outcome.digests})
+        for name in odd:
             self._fleet.lose(name, f"holds other weights than its peers after the push of {outcome.version}")
-        self._note_change(digests.values())
         trained = await self._canary_by_trainer(outcome.version)
         scored = [name for name in complete if name not in odd]
         gaps = dict(zip(scored, await asyncio.gather(*(self._gap(n, trained) for n in scored)), strict=True))
@@ -159,11 +168,22 @@ class FleetPublisher:
             raise RunError(self._canary_message(*max(wrong.items(), key=lambda item: item[1])))
         return [gap for name, gap in fine.items() if self._fleet.confirm(name, outcome.version)]
 
-    def _note_change(self, digests: Iterable[str]) -> None:
-        """Whether the push changed the engines' weights at all: a bfloat16 copy may not, at a small learning rate."""
-        if digest := next(iter(digests), None):
-            self._changed = digest != self._digest if self._digest else None
-            self._digest = digest
+    def _odd(self, version: int, digests: Mapping[str, str]) -> list[str]:
+        """Engines that hold other weights than their peers of the same layout.
+
+        The first push of a version decides by majority what is right; whoever comes later must hold the same.  Also notes
+        whether the version changed anything: a bfloat16 copy may not, at a small learning rate.
+        """
+        known = self._digests[1] if self._digests[0] == version else {}
+        odd = odd_ones({n: d for n, d in digests.items() if layout_of(d) not in known})
+        odd += [n for n, d in digests.items() if known.get(layout_of(d), d) != d]
+        right = {layout_of(d): d for n, d in digests.items() if n not in odd}
+        if right and not known and (before := self._digests[1]):
+            compared = [right[layout] != before[layout] for layout in right.keys() & before.keys()]
+            self._changed = any(compared) if compared else None
+        if right or self._digests[0] == version:
+            self._digests = version, {**right, **known}
+        return odd
 
     async def _canary_by_trainer(self, version: int) -> Sequence[Scored]:
         if self._trained[0] != version:
@@ -194,9 +214,16 @@ class FleetPublisher:
         )
 
 
+def layout_of(digest: str) -> str:
+    """Digests are equal for equal weights in engines of one layout, which they name first."""
+    return digest.partition(" ")[0]
+
+
 def odd_ones(digests: Mapping[str, str]) -> list[str]:
-    """Engines whose digest is not that of more than half of them: of two that differ, both."""
-    if not digests:
-        return []
-    ((common, num),) = Counter(digests.values()).most_common(1)
-    return [name for name, digest in digests.items() if digest != common or 2 * num <= len(digests)]
+    """Engines whose digest is not that of more than half of those of their layout: of two that differ, both."""
+    odd = list[str]()
+    for layout in dict.fromkeys(map(layout_of, digests.values())):
+        peers = {name: digest for name, digest in digests.items() if layout_of(digest) == layout}
+        ((common, num),) = Counter(peers.values()).most_common(1)
+        odd += [name for name, digest in peers.items() if digest != common or 2 * num <= len(peers)]
+    return odd

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_vespo.config import ConfigError, TrainConfig
@@ -50,6 +50,12 @@ def evaluate(cfg: TrainConfig, logs: Path) -> list[Evaluated]:
     Raises:
         ConfigError: no set is configured.
     """
+    alone = {"placement": "apart", "external": (), "engines": max(1, cfg.rollout.engines)}
+    if cfg.rollout.external:
+        logger.warning(
+            "rollout.external is left alone: an evaluation starts engines of its own, with the weights of `model`"
+        )
+    cfg = cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update=alone)})
     plan = plan_train(cfg)
     if not plan.heldout:
         raise ConfigError(
@@ -95,10 +101,10 @@ async def _train(plan: TrainPlan, start: Progress, desk: Desk, stop: session.Sto
             prompts=prompts,
             failures=lambda: _failures(judge, engine),
             engine_metrics=fleet.metrics,
+            begun=lambda: setattr(stop, "gently", buffer.close),
             evaluate=(lambda: evaluation.evaluate(cfg, plan.heldout, examiner)) if plan.heldout else None,
         )
         observer = Observer(cfg, desk.run, desk.log, desk.view, sources, start)
-        stop.gently = buffer.close
         try:
             await loop.train(
                 cfg,
@@ -126,7 +132,7 @@ async def _start(
     ranks = TrainerGroup(cluster, spec, desk.run, version=start.version, records_experts=plan.records_experts)
     if cfg.rollout.placement == "colocated":
         trainer = await stack.enter_async_context(ranks)
-        fleet = _fleet(cfg, cluster, desk.run.logs, desk.tell, await trainer.gpus())
+        fleet = _fleet(cfg, cluster, desk.run.logs, desk.tell, await trainer.gpus_of_engines(cfg.rollout))
         await stack.enter_async_context(fleet)
     else:
         fleet = await stack.enter_async_context(_fleet(cfg, cluster, desk.run.logs, desk.tell))
@@ -137,10 +143,17 @@ async def _start(
 
 
 def _fleet(
-    cfg: TrainConfig, cluster: Cluster, logs: Path, tell: Callable[[str], None], gpus: Sequence[int] = ()
+    cfg: TrainConfig,
+    cluster: Cluster,
+    logs: Path,
+    tell: Callable[[str], None],
+    gpus: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Fleet:
     """Engines that are started here, one actor each, and those that run elsewhere."""
-    rollout, num = cfg.rollout, cfg.rollout.resolved_gpus_per_engine
+    rollout, gpus = (
+        cfg.rollout,
+        gpus or {},
+    )  # where Ray gives an engine GPUs of its own, it also says so to it
     ours = [
         RayEngine(
             f"engine {index}",
@@ -150,7 +163,7 @@ def _fleet(
             cluster.engine_options(index),
             is_local=cluster.is_local,
             seed=cfg.seed + index,
-            gpus=tuple(gpus[index * num : (index + 1) * num]),
+            gpus=gpus.get(index),
         )
         for index in range(rollout.engines)
     ]

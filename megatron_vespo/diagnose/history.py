@@ -145,6 +145,11 @@ def read_history(path: Path) -> History:
 
 
 def _read_sequences(files: list[Path]) -> SequenceTable:
+    if missing := {*_SCALARS, *_TOKENS} - set(pq.read_schema(files[0]).names):
+        raise ConfigError(
+            f"rollouts of '{files[0].parent.parent}': no column {', '.join(sorted(missing))}, written by another version of this "
+            "program; report on it with that"
+        )
     parts = [
         _summarize(pq.read_table(file, columns=[*_SCALARS, *_TOKENS]).combine_chunks()) for file in files
     ]

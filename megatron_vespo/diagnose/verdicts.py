@@ -215,13 +215,17 @@ def _waiting(history: History) -> Verdict | None:
     )
 
 
-def _timeouts(history: History) -> Verdict | None:
-    _, timeouts = history.series("verifier/timeouts")
-    if not timeouts.sum():
+def _unjudged(history: History) -> Verdict | None:
+    kinds = ("timeouts", "deaths", "errors", "outages")
+    counts = {kind: int(history.series(f"verifier/{kind}")[1].sum()) for kind in kinds}
+    num, table = sum(counts.values()), history.sequences
+    if not num:
         return None
-    return Verdict(
-        "watch", f"{timeouts.sum():.0f} responses got reward 0 because their verification took too long"
-    )
+    what = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    reward = history.config.get("reward", {}).get("failure_reward", 0.0)
+    text = f"{num} responses could not be judged ({what}) and got reward {reward:g}; see logs/driver.log"
+    many = table is not None and num > 0.1 * len(table.reward)
+    return Verdict("bad" if many else "watch", text)
 
 
 def _loss(history: History) -> Verdict | None:
@@ -247,5 +251,5 @@ _Question = Callable[[History], Verdict | None]
 _SFT_QUESTIONS: tuple[_Question, ...] = (_end, _loss, _gradient)
 _RL_QUESTIONS: tuple[_Question, ...] = (
     _end, _learning, _staleness, _ledger, _phi, _sign_balance, _mismatch, _mismatch_trend, _nats_budget, _experts,
-    _signal, _truncation, _gradient, _waiting, _timeouts,
+    _signal, _truncation, _gradient, _waiting, _unjudged,
 )  # fmt: skip

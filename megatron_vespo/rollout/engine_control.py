@@ -79,6 +79,7 @@ class EngineControl:
         self._has_session = True
         """SGLang >= 0.5.23 takes updates between begin_weight_update and end_weight_update only."""
         self._has_radix_cache = True
+        self._layout = ""
 
     async def inspect(self, *, replicas: bool) -> None:
         """Read what kind of server it is.
@@ -102,6 +103,7 @@ class EngineControl:
                 "engines, or add enable-dp-attention, or set rollout.sync_transport = 'disk'"
             )
         self.num_ranks = info["tp_size"]
+        self._layout = f"tp{info['tp_size']}-ep{info.get('ep_size', 1)}-dp{info['dp_size']}"
         self._has_radix_cache = not info["disable_radix_cache"]
         self.identity = Identity(self.name, self.url, json.dumps(info.get("startup_time")))
 
@@ -171,7 +173,8 @@ class EngineControl:
 
     async def _digest(self) -> str | None:
         try:
-            return (await self.post("/weights_checker", {"action": "checksum"}))["per_engine_checksum"]
+            checksum = (await self.post("/weights_checker", {"action": "checksum"}))["per_engine_checksum"]
+            return f"{self._layout} {checksum}"
         except Refused as err:
             if err.status != 404:
                 raise

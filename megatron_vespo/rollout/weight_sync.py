@@ -48,7 +48,7 @@ class PushOutcome:
     incomplete: frozenset[str]
     """Engines that live with mixed or old weights, paused: push to them again."""
     digests: Mapping[str, str]
-    """One digest of all weights of each engine that is done, equal for equal weights in engines of one layout."""
+    """Of each engine that is done: its layout, a space, and one digest of all weights, equal for equal ones in that layout."""
 
 
 class PushError(RunError):

@@ -30,7 +30,7 @@ class Engine:
     lives: bool = True
     version: int | None = None
     gap: float = 0.0
-    digest: str = "same"
+    digest: str = "tp1 same"
     fails_pushes: int = 0
     incomplete_pushes: int = 0
 
@@ -55,8 +55,10 @@ class Fleet:
         return [engine for engine in self.engines if engine.lives and engine.version != version]
 
     async def newcomer(self) -> None:
-        await self.arrived.wait()
-        self.arrived.clear()
+        """As the real one: at once, as long as there is one."""
+        while not any(engine.state is State.STALE for engine in self.engines):
+            self.arrived.clear()
+            await self.arrived.wait()
 
     @contextlib.contextmanager
     def updating(self, names: Sequence[str]):
@@ -89,9 +91,11 @@ class Fleet:
 class Source:
     fleet: Fleet
     steps: int = 0
+    num_asked: int = 0
     pushes: list[list[str]] = field(default_factory=list)
 
     async def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
+        self.num_asked += 1
         if version != self.steps:
             return None
         self.pushes.append([target.name for target in targets])
@@ -169,7 +173,7 @@ def test_with_no_engine_left_the_wait_is_bounded_and_says_for_whom():
 
 
 def test_an_engine_with_other_weights_than_its_peers_is_lost():
-    pub = publisher(Engine("a"), Engine("b", digest="other"), Engine("c"))
+    pub = publisher(Engine("a"), Engine("b", digest="tp1 other"), Engine("c"))
     report = asyncio.run(pub.publish(0))
     assert parts(pub)[1].lost == ["b: holds other weights than its peers after the push of 0"]
     assert report.num_engines == 2
@@ -191,10 +195,21 @@ def test_a_push_that_changed_nothing_says_so():
     pub = publisher(Engine("a"))
     source, fleet = parts(pub)
     changes = []
-    for version, digest in enumerate(["x", "y", "y"]):
+    for version, digest in enumerate(["tp1 x", "tp1 y", "tp1 y"]):
         source.steps, fleet.engines[0].digest = version, digest
         changes.append(asyncio.run(pub.publish(version)).changed)
     assert changes == [None, True, False]
+
+
+def test_an_engine_that_comes_later_must_hold_what_the_others_hold():
+    pub = publisher(Engine("a"), Engine("b"), Engine("c"))
+    fleet = parts(pub)[1]
+    fleet.engines[2].lives = False
+    asyncio.run(pub.publish(0))
+    fleet.engines[2].lives, fleet.engines[2].digest = True, "tp1 corrupt"
+    report = asyncio.run(pub.publish(0))
+    assert fleet.lost[0] == "c: holds other weights than its peers after the push of 0"
+    assert report.num_engines == 2
 
 
 def test_an_engine_that_comes_back_between_two_steps_is_given_the_weights():
@@ -227,6 +242,7 @@ def test_an_engine_that_comes_back_during_a_step_gets_the_weights_after_it():
         for _ in range(20):
             await asyncio.sleep(0.001)
         assert fleet.engines[1].version is None
+        assert source.num_asked == 2, "it asks the ranks again and again"
         await pub.publish(1)
         following.cancel()
         assert fleet.engines[1].version == 1 and source.pushes == [["a", "b"], ["a", "b"]]
@@ -236,7 +252,16 @@ def test_an_engine_that_comes_back_during_a_step_gets_the_weights_after_it():
 
 @pytest.mark.parametrize(
     ("digests", "odd"),
-    [("", ""), ("x", ""), ("xx", ""), ("xy", "ab"), ("xxy", "c"), ("xyz", "abc"), ("xxyy", "abcd")],
+    [
+        ([], ""),
+        (["tp1 x"], ""),
+        (["tp1 x", "tp1 x"], ""),
+        (["tp1 x", "tp1 y"], "ab"),
+        (["tp1 x", "tp1 x", "tp1 y"], "c"),
+        (["tp1 x", "tp1 x", "tp1 y", "tp1 y"], "abcd"),
+        (["tp1 x", "tp2 y", "tp1 x", "tp2 y"], ""),
+        (["tp1 x", "tp2 y", "tp1 x", "tp2 z"], "bd"),
+    ],
 )
 def test_the_odd_engines_are_those_outside_the_majority(digests, odd):
     assert odd_ones(dict(zip("abcd", digests, strict=False))) == list(odd)

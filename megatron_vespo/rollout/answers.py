@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from operator import itemgetter
+from operator import index, itemgetter
 from typing import Any
 
 import numpy as np
@@ -147,17 +147,22 @@ def was_interrupted(answer: Mapping[str, Any]) -> bool:
 
 def _part(answer: Mapping[str, Any], asked: Asked, facts: ModelFacts, record_experts: bool) -> Part:
     meta = _field(answer, "meta_info", dict)
-    ids = np.array(_field(answer, "output_ids", list), np.int64)
+    ids = _whole(_field(answer, "output_ids", list), "token ids")
     num = len(ids)
     interrupted = was_interrupted(answer)
     if interrupted and (num == 0 or _lacks_a_record(meta, record_experts)):
         return NOTHING
     prompt_tokens = meta.get("prompt_tokens")
-    _check(prompt_tokens == asked.num_prefix, f"a prompt of {prompt_tokens} tokens", f"{asked.num_prefix}")
+    unsaid = interrupted and prompt_tokens is None  # of a request that waited in SGLang's queue
+    _check(
+        unsaid or prompt_tokens == asked.num_prefix,
+        f"a prompt of {prompt_tokens} tokens",
+        f"{asked.num_prefix}",
+    )
     if not _within(ids, facts.vocab_size):
         raise Unusable(f"token ids {_some(ids)}: expected some, below {facts.vocab_size}")
     rows = _field(meta, "output_token_logprobs", list)
-    named = np.array(_column(rows, 1), np.int64)
+    named = _whole(_column(rows, 1), "token ids of log-probs")
     _check(np.array_equal(named, ids), f"{len(rows)} log-probs", f"one for each of {num} tokens")
     num_rows = asked.num_prefix + num - 1 - asked.first_row
     return Part(
@@ -240,10 +245,24 @@ def _version(text: Any) -> int:
     return int(text)
 
 
+def _whole(values: Sequence[Any], what: str) -> NDArray[np.int64]:
+    """[n]"""
+    try:
+        array = np.array(values)
+    except ValueError as err:
+        raise Unusable(f"{what} {list(values[:3])}...: expected whole numbers") from err
+    fine = array.ndim == 1 and (not array.size or array.dtype.kind == "i")
+    _check(fine, f"{what} {list(values[:3])}...", "whole numbers")
+    return array.astype(np.int64)
+
+
 def _spans(spans: list[Mapping[str, Any]], num: int) -> tuple[VersionSpan, ...]:
     try:
-        parsed = [VersionSpan(version=_version(s["version"]), start=s["start"], end=s["end"]) for s in spans]
-    except (KeyError, TypeError) as err:
+        parsed = [
+            VersionSpan(version=_version(s["version"]), start=index(s["start"]), end=index(s["end"]))
+            for s in spans
+        ]
+    except (KeyError, TypeError) as err:  # a field is missing, or not a whole number
         raise Unusable(f"version spans {spans}: expected version, start and end") from err
     parsed = [span for span in parsed if span.start != span.end]
     ends = [0, *(span.end for span in parsed)]

@@ -169,10 +169,12 @@ class Fleet:
             await asyncio.sleep(pause_s)
 
     async def _attempt(self, request: Request[T], member: Member) -> Answered[T]:
-        began = member.version
+        began, starts = member.version, member.life.starts
         if member.state is not State.SERVING or began is None:
             raise Lost("it left service before it was asked")
         answer = await request.at(member.post)
+        if member.life.starts != starts or not (member.life.lives or member.state is State.DRAINING):
+            raise Lost(member.why_lost)  # the answer may be of weights that were found wrong
         if answer.oldest < began:
             raise Unusable(
                 f"weight version {answer.oldest}: expected at least {began}, which it was confirmed at"

@@ -77,7 +77,8 @@ class _Call:
             self.left_s = None
 
     def end(self, now: float) -> None:
-        """Have whoever waits raise at once."""
+        """Have whoever waits raise at once, also if its clock stands still."""
+        self.left_s = None
         if not self.scope.expired():
             self.scope.reschedule(now)
 

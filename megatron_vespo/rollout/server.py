@@ -55,6 +55,7 @@ OWNED = {
     "context-length": "set rollout.context_length",
     "max-running-requests": "set rollout.max_running_requests",
     "weight-version": "it counts optimizer steps",
+    "random-seed": "set seed",
 }
 """Options that rollout.sglang may not override, and what to do instead."""
 
@@ -135,6 +136,8 @@ def command(
         "enable-return-routed-experts": cfg.record_experts and facts.is_moe,
         "weight-version": version,
         "random-seed": seed,
+        # With overlap the batch under way when a push freezes requests would be labelled with weights that it never met.
+        "disable-overlap-schedule": cfg.partial_rollouts == "in_place",
         "log-level-http": "warning",
     }
     env = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # for CONTEXT_SLACK alone
@@ -310,12 +313,13 @@ class Server:
                         f"waited {waited:.0f} s for {self.name} at {self.url}; its last line: {last}"
                     )
                 await asyncio.sleep(0.25)
-            body = await _body(session, f"{self.url}/model_info")
-        # Between our check of the port and its start another server may have come to listen there.
-        served = json.loads(body or b"{}").get("model_path")
-        if served != str(self.model.resolve()):
+            body = await _body(session, f"{self.url}/server_info")
+        # Between our check of the port and its start another server may have come to listen there, of this run perhaps.
+        served = json.loads(body or b"{}")
+        if (served.get("model_path"), served.get("random_seed")) != (str(self.model.resolve()), self.seed):
             raise RunError(
-                f"{self.url} = a server of '{served}': expected '{self.model}'; the port is taken, start again"
+                f"{self.url} = a server of '{served.get('model_path')}' with random seed {served.get('random_seed')}: expected "
+                f"'{self.model}' with {self.seed}; the port is taken, start again"
             )
 
     def _log_tail(self) -> str:

@@ -777,7 +777,6 @@ def test_many_prompts_survive_engines_that_die_fail_and_answer_nonsense_while_we
     assert metrics["fleet/responses"] == 240
     assert metrics["fleet/running"] == metrics["fleet/waiting"] == 0
     assert metrics["fleet/restarts"] > 4
-    assert metrics["fleet/resumed"] > 4
     responses = [response for group in groups for response in group]
     assert len(responses) == 240
     for response in responses:

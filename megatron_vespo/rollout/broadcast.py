@@ -40,6 +40,7 @@ from megatron_vespo.rollout.engine_control import (
     Lost,
     Refused,
     all_within,
+    in_step,
     left_s,
 )
 from megatron_vespo.types import RunError
@@ -169,7 +170,8 @@ class _Group:
             _raise_problems(await answering)
         forming = in_thread(_form, backend, PrefixStore(name, store), size, name, timeout)
         _raise_problems(await answering)
-        if not await _all_well([forming], fleet.until):
+        await asyncio.wait([forming], timeout=left_s(fleet.until))
+        if not _is_well(forming):
             why = forming.exception() if forming.done() else "it did not come"
             raise _Broken(dict.fromkeys(engines, Lost(f"process group = not formed: {why}; see its log")))
         return cls(name, tuple(engine.identity for engine in engines), forming.result(), store)
@@ -192,7 +194,7 @@ class _Group:
         sending = in_thread(self._send, bucket.flat, device, left_s(fleet.until))
         well, first = False, []
         try:
-            well = await _all_well([sending, *asked.values()], fleet.until)
+            well = await _done_together(sending, list(asked.values()), fleet.until)
         finally:
             if not well:  # or cut off, because it lags behind other groups
                 first = [engine for engine, ask in asked.items() if ask.done()]
@@ -254,10 +256,21 @@ def _ask(engine: EngineControl, path: str, payload: Mapping[str, Any]) -> asynci
     return asked
 
 
-async def _all_well(asks: Sequence[asyncio.Future[Any]], until: float) -> bool:
-    """Whether all come to a good end; returns early if one does not."""
-    await asyncio.wait(asks, timeout=left_s(until), return_when=asyncio.FIRST_EXCEPTION)
-    return all(ask.done() and ask.exception() is None for ask in asks)
+async def _done_together(
+    sending: asyncio.Future[Any], asked: list[asyncio.Future[Any]], until: float
+) -> bool:
+    """Whether the bytes are through and all engines have loaded them; returns as soon as that cannot be any more."""
+    loading = asyncio.ensure_future(in_step(asked, until, together=True))
+    await asyncio.wait([sending, loading], timeout=left_s(until), return_when=asyncio.FIRST_COMPLETED)
+    if _is_well(sending):
+        await loading
+    elif all(map(_is_well, asked)):
+        await asyncio.wait([sending], timeout=left_s(until))
+    return all(map(_is_well, (sending, *asked)))
+
+
+def _is_well(future: asyncio.Future[Any]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 async def _parts_in(

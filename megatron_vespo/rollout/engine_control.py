@@ -20,7 +20,7 @@ from megatron_vespo.types import RunError
 ABORT_WITHIN_S = 1.0
 """Aborted requests end with the forward pass under way; whoever arrives meanwhile is not waited for any longer."""
 GRACE_S = 5.0
-STRAGGLER_S = 15.0
+STRAGGLER_S = 20.0
 STRAGGLER_FACTOR = 10.0
 """Who takes so many times as long as the first of the fleet, and that many seconds, is lost: the others are paused."""
 
@@ -170,9 +170,7 @@ class EngineControl:
     async def _digest(self) -> str | None:
         try:
             return (await self.post("/weights_checker", {"action": "checksum"}))["per_engine_checksum"]
-        except Refused as err:
-            if err.status != 404:
-                raise
+        except Refused:  # an older version, or one that can do it on GPUs only
             return None
 
 
@@ -224,21 +222,31 @@ async def all_within(asks: Mapping[K, Awaitable[T]], until: float) -> dict[K, T 
     """What each returned, or the RunError that it raised; `Lost` for those cut off at the deadline or as stragglers."""
     began = time.monotonic()
     tasks = {asyncio.ensure_future(ask): key for key, ask in asks.items()}
-    pending, limit = set(tasks), until
+    await in_step(tasks, until)
+    waited_s = time.monotonic() - began
+    for task in tasks:
+        task.cancel()  # no effect on those that are done
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return {key: _verdict(task, waited_s) for task, key in tasks.items()}
+
+
+async def in_step(asks: Iterable[asyncio.Future[Any]], until: float, *, together: bool = False) -> None:
+    """Wait until all are done, at most to the deadline, or until those that are not lag far behind the first success.
+
+    Args:
+        together: return as soon as one fails, since then the others do not matter.
+    """
+    began, limit, pending = time.monotonic(), until, set(asks)
     while pending:
         done, pending = await asyncio.wait(
             pending, timeout=left_s(limit), return_when=asyncio.FIRST_COMPLETED
         )
-        if not done:
-            break
-        if any(task.exception() is None for task in done):
+        failed = [ask for ask in done if ask.exception() is not None]
+        if not done or (failed and together):
+            return
+        if len(failed) < len(done):
             taken_s = time.monotonic() - began
             limit = min(limit, began + max(STRAGGLER_S, STRAGGLER_FACTOR * taken_s))
-    waited_s = time.monotonic() - began
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    return {key: _verdict(task, waited_s) for task, key in tasks.items()}
 
 
 def _verdict(task: asyncio.Future[T], waited_s: float) -> T | RunError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -118,10 +119,11 @@ class RankActor:
         try:
             return self._sync.push(tensors, version, targets) if self._sync else None
         finally:
-            for _ in (
-                tensors
-            ):  # the gathers are collective: every rank sees them to the end, also after a failed push
-                pass
+            # The gathers are collective: every rank sees them to the end, also after a failed push.  A thread that still hangs in
+            # one has them already, which is what the push then failed of.
+            with contextlib.suppress(ValueError):
+                for _ in tensors:
+                    pass
 
     def num_steps(self) -> int:
         """Batches whose updates are in this rank's weights."""

@@ -9,11 +9,13 @@ breaks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,6 +42,7 @@ from megatron_vespo.rollout.engine_control import (
     Lost,
     Refused,
     all_within,
+    in_step,
     left_s,
 )
 from megatron_vespo.types import RunError
@@ -90,6 +93,9 @@ class Broadcast:
     async def transfer(self, buckets: AsyncIterator[Bucket], fleet: Fleet) -> None:
         async for bucket in buckets:
             parts = self._parts(fleet)
+            for key in [key for key in parts if key not in self._groups]:
+                why = Interrupted("process group = of more engines: one of them was lost before the transfer")
+                _drop(fleet, parts.pop(key), why)
             sends = {
                 key: self._groups[key].broadcast(part, bucket, self._device, fleet)
                 for key, part in parts.items()
@@ -123,7 +129,7 @@ class Broadcast:
             if key not in wanted and names & {identity.name for identity in key}:
                 self._broken.append(self._groups.pop(key))
         await asyncio.gather(*(group.leave(fleet) for group in self._broken))
-        self._broken.clear()
+        self._broken = [group for group in self._broken if group.untold]
 
 
 class _Broken(RunError):
@@ -145,7 +151,8 @@ class _Group:
 
     def __init__(self, name: str, members: _Key, process_group: ProcessGroup, store: TCPStore) -> None:
         self._name = name
-        self._members = members
+        self.untold = set(members)
+        """Engines that still hold their end of it."""
         self._process_group: ProcessGroup | None = process_group
         self._store = store  # the engines may still look into it
 
@@ -158,11 +165,11 @@ class _Group:
         """
         name, size = f"megatron_vespo_{uuid.uuid4().hex}", 1 + sum(engine.num_ranks for engine in engines)
         timeout = timedelta(seconds=2 * fleet.timeout_s)  # never the first to run out
-        host = _address_seen_by(engines[0].url)
+        host = address_seen_by(engines[0].url)
         store = TCPStore(host, 0, size, is_master=True, timeout=timeout, wait_for_workers=False)
         invitations, offset = {}, 1
         for engine in engines:
-            place = {"master_address": _address_seen_by(engine.url), "master_port": store.port}
+            place = {"master_address": address_seen_by(engine.url), "master_port": store.port}
             terms = {"rank_offset": offset, "world_size": size, "group_name": name, "backend": backend}
             invitations[engine] = engine.post("/init_weights_update_group", place | terms)
             offset += engine.num_ranks
@@ -173,7 +180,8 @@ class _Group:
             _raise_problems(await answering)
         forming = in_thread(_form, backend, PrefixStore(name, store), size, name, timeout)
         _raise_problems(await answering)
-        if not await _all_well([forming], fleet.until):
+        await asyncio.wait([forming], timeout=left_s(fleet.until))
+        if not _is_well(forming):
             why = forming.exception() if forming.done() else "it did not come"
             raise _Broken(dict.fromkeys(engines, Lost(f"process group = not formed: {why}; see its log")))
         return cls(name, tuple(engine.identity for engine in engines), forming.result(), store)
@@ -196,7 +204,7 @@ class _Group:
         sending = in_thread(self._send, bucket.flat, device, left_s(fleet.until))
         well, first = False, []
         try:
-            well = await _all_well([sending, *asked.values()], fleet.until)
+            well = await _done_together(sending, list(asked.values()), fleet)
         finally:
             if not well:  # or cut off, because it lags behind other groups
                 first = [engine for engine, ask in asked.items() if ask.done()]
@@ -235,13 +243,15 @@ class _Group:
         # The last reference is dropped here: gloo then waits for what is under way.
 
     async def leave(self, fleet: Fleet) -> None:
-        """Destroy the group on both ends; who is gone already has destroyed it."""
-        request = {"group_name": self._name}
+        """Destroy the group on both ends, or tell those engines of it that are there now; who is gone has destroyed it."""
+        request, here = {"group_name": self._name}, {engine.name: engine for engine in fleet.active}
+        told = [identity for identity in self.untold if identity.name in here]
         asks = {
-            engine: engine.post("/destroy_weights_update_group", request)
-            for engine in fleet.active
-            if (engine.name, engine.url) in [identity[:2] for identity in self._members]
+            here[identity.name]: here[identity.name].post("/destroy_weights_update_group", request)
+            for identity in told
+            if here[identity.name].url == identity.url
         }
+        self.untold.difference_update(told)
         await all_within(asks, time.monotonic() + fleet.grace_s)
         await asyncio.wait([self.abort()], timeout=fleet.grace_s)
 
@@ -258,10 +268,21 @@ def _ask(engine: EngineControl, path: str, payload: Mapping[str, Any]) -> asynci
     return asked
 
 
-async def _all_well(asks: Sequence[asyncio.Future[Any]], until: float) -> bool:
-    """Whether all come to a good end; returns early if one does not."""
-    await asyncio.wait(asks, timeout=left_s(until), return_when=asyncio.FIRST_EXCEPTION)
-    return all(ask.done() and ask.exception() is None for ask in asks)
+async def _done_together(
+    sending: asyncio.Future[Any], asked: list[asyncio.Future[Any]], fleet: Fleet
+) -> bool:
+    """Whether the bytes are through and all engines have loaded them; returns as soon as that cannot be any more."""
+    loading = asyncio.ensure_future(in_step(asked, fleet.until, fleet.straggler_s, together=True))
+    await asyncio.wait([sending, loading], timeout=left_s(fleet.until), return_when=asyncio.FIRST_COMPLETED)
+    if _is_well(sending):
+        await loading
+    elif all(map(_is_well, asked)):
+        await asyncio.wait([sending], timeout=left_s(fleet.until))
+    return all(map(_is_well, (sending, *asked)))
+
+
+def _is_well(future: asyncio.Future[Any]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 async def _parts_in(
@@ -299,12 +320,34 @@ def _form(backend: str, store: Store, size: int, name: str, timeout: timedelta) 
     helper, whose key prefixes in the store both sides must share.
     """
     make: Any = _new_process_group_helper  # its types differ between torch versions
-    group, _ = make(size, 0, [], Backend(backend), store, group_name=name, timeout=timeout)
+    with _survives_lost_engines(backend):
+        group, _ = make(size, 0, [], Backend(backend), store, group_name=name, timeout=timeout)
     _world.pg_group_ranks[group] = {rank: rank for rank in range(size)}  # destroy_process_group looks there
     return group
 
 
-def _address_seen_by(url: str) -> str:
+@contextlib.contextmanager
+def _survives_lost_engines(backend: str) -> Iterator[None]:
+    """NCCL's watchdog ends the process when a peer is gone, unless it is told at the group's making to clean up only.
+
+    That is right for the trainer's own groups, hence for this one alone.
+    """
+    if backend != "nccl":
+        yield
+        return
+    variable, clean_up_only = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"
+    before = os.environ.get(variable)
+    os.environ[variable] = clean_up_only
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def address_seen_by(url: str) -> str:
     """Our own address on the route to the engine; connecting a UDP socket sends nothing."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

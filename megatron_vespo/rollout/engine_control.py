@@ -21,7 +21,7 @@ from megatron_vespo.types import RunError
 ABORT_WITHIN_S = 1.0
 """Aborted requests end with the forward pass under way; whoever arrives meanwhile is not waited for any longer."""
 GRACE_S = 5.0
-STRAGGLER_S = 15.0
+STRAGGLER_S = 20.0
 STRAGGLER_FACTOR = 10.0
 """Who takes so many times as long as the first of the fleet, and that many seconds (or an eighth of the deadline, if that
 is less), is lost: the others are paused, and need the rest of the deadline."""
@@ -65,6 +65,15 @@ class Identity(NamedTuple):
     url: str
     started: str
     """Differs between a server and the one that took its place."""
+
+
+class Answer(dict[str, Any]):
+    """What a server said; raises `Refused` where it did not say what it is asked for."""
+
+    who = ""
+
+    def __missing__(self, key: str) -> Any:
+        raise Refused(f"{self.who} = without '{key}': expected what SGLang answers; see its log")
 
 
 class EngineControl:
@@ -169,15 +178,19 @@ class EngineControl:
             raise Refused(
                 f"engine {self.name} at {self.url}{path} = HTTP {status}: {body[:500]}; see its log", status
             )
-        return json.loads(body) if body.startswith("{") else {}
+        try:
+            answer = Answer(json.loads(body) if body.startswith("{") else {})
+        except ValueError as err:
+            raise Refused(f"engine {self.name} at {self.url}{path} = no JSON ({err}); see its log") from err
+        answer.who = f"engine {self.name} at {self.url}{path}"
+        return answer
 
     async def _digest(self) -> str | None:
         try:
             checksum = (await self.post("/weights_checker", {"action": "checksum"}))["per_engine_checksum"]
             return f"{self._layout} {checksum}"
-        except Refused as err:
-            if err.status != 404:
-                raise
+        except Refused:  # an older version, or one that can do it on GPUs only
+            return None
             return None
 
 
@@ -233,21 +246,33 @@ async def all_within(
     """What each returned, or the RunError that it raised; `Lost` for those cut off at the deadline or as stragglers."""
     began = time.monotonic()
     tasks = {asyncio.ensure_future(ask): key for key, ask in asks.items()}
-    pending, limit = set(tasks), until
+    await in_step(tasks, until, straggler_s)
+    waited_s = time.monotonic() - began
+    for task in tasks:
+        task.cancel()  # no effect on those that are done
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return {key: _verdict(task, waited_s) for task, key in tasks.items()}
+
+
+async def in_step(
+    asks: Iterable[asyncio.Future[Any]], until: float, straggler_s: float, *, together: bool = False
+) -> None:
+    """Wait until all are done, at most to the deadline, or until those that are not lag far behind the first success.
+
+    Args:
+        together: return as soon as one fails, since then the others do not matter.
+    """
+    began, limit, pending = time.monotonic(), until, set(asks)
     while pending:
         done, pending = await asyncio.wait(
             pending, timeout=left_s(limit), return_when=asyncio.FIRST_COMPLETED
         )
-        if not done:
-            break
-        if any(task.exception() is None for task in done):
+        failed = [ask for ask in done if ask.exception() is not None]
+        if not done or (failed and together):
+            return
+        if len(failed) < len(done):
             taken_s = time.monotonic() - began
             limit = min(limit, began + max(straggler_s, STRAGGLER_FACTOR * taken_s))
-    waited_s = time.monotonic() - began
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    return {key: _verdict(task, waited_s) for task, key in tasks.items()}
 
 
 def _verdict(task: asyncio.Future[T], waited_s: float) -> T | RunError:

@@ -11,21 +11,23 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import struct
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
 from megatron_vespo.config import RolloutConfig
-from megatron_vespo.rollout.broadcast import Broadcast
+from megatron_vespo.rollout.broadcast import Broadcast, address_seen_by
 from megatron_vespo.rollout.buckets import Bucket, Named, host_memory, in_thread, pack, spans
-from megatron_vespo.rollout.engine_control import EngineControl, Fleet
+from megatron_vespo.rollout.engine_control import EngineControl, Fleet, Refused
 from megatron_vespo.types import RunError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -91,6 +93,9 @@ class SharedMemory:
 
     async def connect(self, fleet: Fleet) -> None:
         """Stage no more than there is room for; a file system that is written beyond its room kills the writer."""
+        for engine in [engine for engine in fleet.active if not _is_here(engine.url)]:
+            elsewhere = "rollout.sync_transport = 'shared_memory' reaches engines of rank 0's machine only; choose another"
+            fleet.drop(engine, Refused(f"engine {engine.name} = at {engine.url}: {elsewhere}"))
         if self._device.type == "cpu":
             room = _free_bytes() - BUCKETS_BEYOND_STAGING * self._bucket_bytes
             self.staging_bytes = max(0, min(self._wanted_bytes, room))
@@ -208,6 +213,12 @@ def _ipc_handle(flat: Tensor) -> _Rebuilt:
     return _Rebuilt(function, *args[:6], uuid, *args[7:])
 
 
+def _is_here(url: str) -> bool:
+    """Whether a server runs on this machine: our address on the way to it is then its own."""
+    host = urlsplit(url).hostname or ""
+    return socket.gethostbyname(host) == address_seen_by(url)
+
+
 def _free_bytes() -> int:
     stat = os.statvfs(SHARED_MEMORY)
     return stat.f_bavail * stat.f_frsize
@@ -231,7 +242,7 @@ class Disk:
 
     async def connect(self, fleet: Fleet) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        self._partial.mkdir(parents=True, exist_ok=True)
         self._num_files = 0
 
     async def prepare(self, named: list[Named], staged: bool) -> Bucket:
@@ -248,7 +259,9 @@ class Disk:
         await fleet.each(lambda engine: engine.post("/update_weights_from_disk", request))
         for older in self._directory.glob("version-*"):
             if older != complete:
-                shutil.rmtree(older)
+                shutil.rmtree(
+                    older, ignore_errors=True
+                )  # one that hangs may hold it open: the next push tries again
 
     async def close(self, fleet: Fleet) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)

@@ -83,8 +83,9 @@ class WeightSync:
     def push(self, named_tensors: Iterator[Named], version: int, targets: Sequence[Target]) -> PushOutcome:
         """Replace all weights of the targets, and return once those that can have taken them and generate again.
 
-        What the pause does to requests under way is rollout.partial_rollouts.  It takes rollout.sync_timeout_s at most.  The
-        iterator is read in other threads, one at a time; afterwards nobody reads it, and it need not be exhausted.
+        What the pause does to requests under way is rollout.partial_rollouts.  It all takes rollout.sync_timeout_s at most.
+        The iterator is read in other threads, one at a time; afterwards nobody reads it (unless it hangs), and it need not be
+        exhausted.  Not to be called in a thread that runs an event loop.
 
         Args:
             named_tensors: every tensor of the model, full, under its Hugging Face name, in any order.
@@ -150,17 +151,20 @@ class _Push:
         except RunError as err:
             problem = err
         except TimeoutError:
-            problem = RunError("weights = no more tensors")
+            problem = self._late()
         if not await stream.stop(fleet.until + 2 * fleet.grace_s):
-            problem = RunError(
-                f"weights = no tensor within {time.monotonic() - self._began:.0f} s: rank 0 waits for the trainer's export, "
-                f"which still runs; raise rollout.sync_timeout_s = {fleet.timeout_s:g}, or see the logs of the other ranks"
-            )
+            problem = self._late()
         await self._release()
         outcome = self._outcome(stream)
         if problem:
             raise PushError(str(problem), outcome) from problem
         return outcome
+
+    def _late(self) -> RunError:
+        return RunError(
+            f"weights = not all within {time.monotonic() - self._began:.0f} s: rank 0 waits for the trainer's export; raise "
+            f"rollout.sync_timeout_s = {self._fleet.timeout_s:g}, or see the logs of the other ranks"
+        )
 
     async def _switch(self, stream: BucketStream) -> None:
         """Pause, transfer, go on; every engine whose weights are replaced to the end goes on by itself."""

@@ -777,7 +777,7 @@ def test_a_push_is_received_and_divides_responses_exactly(process, served_model,
     assert report["ranks"][0]["checksums"] == {
         name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16] for name, tensor in changed.items()
     }
-    assert outcome.digests == {"e0": report["per_engine_checksum"]}
+    assert outcome.digests == {"e0": f"tp1-ep1-dp1 {report['per_engine_checksum']}"}
 
 
 def test_engines_of_one_process_are_ranks_of_one_group_and_die_alone(served_model, tmp_path):

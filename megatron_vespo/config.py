@@ -223,7 +223,7 @@ class RolloutConfig(_Section):
     record_experts: bool = True
     """Ask the engines for the experts of every token (MoE models only)."""
     partial_rollouts: Literal["abort", "retract", "in_place"] = "abort"
-    """What a weight push does to responses under way, all of which continue and keep every token sampled so far.
+    """What a weight push does to responses under way, all of which continue with what was sampled so far (docs/rollouts.md).
     "abort": the engine gives them back and they are sent again with their prefix, experts of the first pass kept;
     "retract": the engine computes their prefix again itself, which replaces the recorded experts;
     "in_place": their key-value cache of the old weights is kept, so later tokens mix both."""

@@ -181,6 +181,28 @@ def test_impossible_token_ids_are_refused(ids):
         parse(answer)
 
 
+@pytest.mark.parametrize("ids", [[None, 6], ["a", 6], [[5], 6], [5.0, 6.0]])
+def test_token_ids_that_are_no_whole_numbers_are_refused(ids):
+    with pytest.raises(Unusable, match=r"token ids .* expected whole numbers"):
+        parse(ANSWER | {"output_ids": ids})
+
+
+@pytest.mark.parametrize("end", [None, "3", 3.5])
+def test_version_spans_that_do_not_end_at_a_token_are_refused(end):
+    spans = [{"version": "3", "start": 0, "end": end}]
+    with pytest.raises(Unusable, match="expected version, start and end"):
+        parse(changed(weight_versions=spans))
+
+
+def test_what_sglang_does_not_say_of_a_request_in_its_queue_does_not_matter():
+    """Without experts to record, what it sampled before it was retracted is complete."""
+    answer = changed(finish_reason={"type": "abort", "message": "Aborted"})
+    del answer["meta_info"]["prompt_tokens"]
+    answer["output_ids"][-1] = answer["meta_info"]["output_token_logprobs"][-1][1] = 67
+    part = parse(answer, limit=9, record=False)
+    assert part.token_ids.tolist() == [65, 66, 67] and part.finish_reason == "abort"
+
+
 def test_a_scored_sequence_has_the_logprobs_of_its_response():
     meta = {
         "input_token_logprobs": [[None, 1], [-9.0, 2], [-1.0, 3], [-2.0, 4]],

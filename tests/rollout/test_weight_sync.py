@@ -231,6 +231,35 @@ def test_a_common_communicator_is_rebuilt_when_its_engines_change(nccl, make_syn
     assert invitations == [3, 3, 3]  # {a b}, {a b c}, {c}, {a b c}
 
 
+def test_a_common_communicator_that_loses_a_member_before_the_transfer_is_formed_anew(
+    nccl, make_sync, tensors
+):
+    with fake_engines(FakeEngine("bad", Fault("/pause_generation", "kill")), FakeEngine("good")) as (
+        bad,
+        good,
+    ):
+        sync = make_sync(sync_backend="nccl")
+        outcome = sync.push(iter(tensors.items()), 1, targets(bad, good))
+        assert (list(outcome.failures), outcome.incomplete) == (["bad"], {"good"})
+        assert good.state()["paused"]
+        outcome = sync.push(iter(tensors.items()), 1, targets(good))
+        assert (outcome.failures, outcome.incomplete) == ({}, frozenset())
+        assert_serves(good, 1, tensors)
+
+
+def test_a_common_communicator_is_left_by_all_of_its_engines(nccl, make_sync, tensors):
+    """Also by those that a push to a newcomer alone does not speak to."""
+    sync = make_sync(sync_backend="nccl")
+    with fake_engines(FakeEngine("a"), FakeEngine("b"), FakeEngine("c")) as (a, b, c):
+        for version, members in enumerate([(a, b, c), (c,), (a, b, c), (c,), (a, b, c)], 1):
+            sync.push(iter(tensors.items()), version, targets(*members))
+        calls = [engine.state()["calls"] for engine in (a, b, c)]
+        joined = [one.count("/init_weights_update_group") for one in calls]
+        left = [one.count("/destroy_weights_update_group") for one in calls]
+    assert joined == [3, 3, 5]
+    assert left == [2, 2, 4]  # all but the one that stands
+
+
 @pytest.mark.parametrize("what", ["kill", "refuse"])
 def test_a_common_communicator_is_formed_without_engines_that_do_not_come(nccl, make_sync, tensors, what):
     fault = Fault("/init_weights_update_group", what)

@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from megatron_vespo.config import (
     TrainerConfig,
 )
 from megatron_vespo.control.clock import bounded
-from megatron_vespo.control.cluster import Cluster
+from megatron_vespo.control.cluster import Cluster, print_to
 from megatron_vespo.rollout.server import free_port
 from megatron_vespo.rollout.weight_sync import PushOutcome, Target, WeightSync
 from megatron_vespo.rundir import RunDirectory
@@ -73,13 +71,7 @@ class RankActor:
     """One process, one rank."""
 
     def __init__(self, log_file: str) -> None:
-        """Everything this process prints, foreign libraries included, goes to `log_file`."""
-        descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(descriptor, sys.stdout.fileno())
-        os.dup2(descriptor, sys.stderr.fileno())
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True
-        )
+        print_to(log_file)
         self._sync: WeightSync | None = None
 
     def gpus(self) -> tuple[str, tuple[int, ...]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +21,21 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megatron_vespo.config import ConfigError, RolloutConfig, TrainerConfig
 from megatron_vespo.control.clock import bounded
 
-logger = logging.getLogger(__name__)
-
 _OBJECT_STORE_BYTES = 1024**3
 LOOPBACK = "127.0.0.1"
 
 Options = dict[str, Any]
 """Of one actor: resources and the place where it runs."""
+
+
+def print_to(log_file: str) -> None:
+    """Everything that this process prints, foreign libraries included, goes to `log_file`; for actors."""
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.dup2(descriptor, sys.stderr.fileno())
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

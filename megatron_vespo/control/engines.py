@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from megatron_vespo.config import ConfigError, RolloutConfig
-from megatron_vespo.control.cluster import LOOPBACK, Options
+from megatron_vespo.control.cluster import LOOPBACK, Options, print_to
 from megatron_vespo.rollout.server import Server
 from megatron_vespo.types import RunError
 
@@ -34,12 +32,7 @@ class EngineActor:
 
     def __init__(self, log_file: str) -> None:
         """What this process itself prints goes to `log_file`; the server has a log of its own."""
-        descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(descriptor, sys.stdout.fileno())
-        os.dup2(descriptor, sys.stderr.fileno())
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True
-        )
+        print_to(log_file)
         self._server: Server | None = None
 
     async def start(self, name: str, cfg: RolloutConfig, model: Path, log: Path, **options: Any) -> str:

@@ -65,12 +65,17 @@ class SimulatedTrainer:
         self.version = version
         self.saved: tuple[int, Mapping[str, Any]] | None = None
         """The newest checkpoint: its version, and what is to be remembered."""
+        self._turn = asyncio.Lock()  # as the ranks do: one thing after the other
         self._step_s = step_s
         self._model = model
         self._sync = WeightSync(model, cfg, torch.device("cpu"))
 
     async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
-        await asyncio.sleep(self._step_s(sequences))
+        async with self._turn:
+            await asyncio.sleep(self._step_s(sequences))
+            return await self._step(sequences)
+
+    async def _step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
         scored = await self.score(sequences)
         log_w = np.array([
             float(ours.logp.sum(dtype=np.float64) - s.behavior_logp.sum(dtype=np.float64))
@@ -101,9 +106,10 @@ class SimulatedTrainer:
         ]
 
     async def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
-        if version != self.version:
-            return None
-        return await asyncio.to_thread(self._sync.push, self._tensors(), version, targets)
+        async with self._turn:
+            if version != self.version:
+                return None
+            return await asyncio.to_thread(self._sync.push, self._tensors(), version, targets)
 
     async def save(self, version: int, state: Mapping[str, Any]) -> None:
         self.saved = version, state

@@ -304,13 +304,13 @@ async def _parts_in(
 def _part_in(engine: EngineControl, ask: asyncio.Future[Any]) -> RunError:
     if not ask.done():
         ask.cancel()
-        return Lost(f"engine {engine.name} = no answer: it hangs in a weight transfer; see its log")
+        return Lost(f"{engine.name} = no answer: it hangs in a weight transfer; see its log")
     err = ask.exception()
     if isinstance(err, Refused) and NOT_RECEIVED not in str(err):
         return err
     if isinstance(err, Lost):
         return err
-    return Interrupted(f"engine {engine.name} = half updated: the transfer to it broke off ({err})")
+    return Interrupted(f"{engine.name} = half updated: the transfer to it broke off ({err})")
 
 
 def _form(backend: str, store: Store, size: int, name: str, timeout: timedelta) -> ProcessGroup:

@@ -103,12 +103,12 @@ class EngineControl:
         info = await self.get("/server_info")
         if info["pp_size"] != 1:  # every stage would join the group under the same rank
             raise Refused(
-                f"engine {self.name} = pp_size {info['pp_size']}: SGLang takes new weights in 1 stage only; start it with "
+                f"{self.name} = pp_size {info['pp_size']}: SGLang takes new weights in 1 stage only; start it with "
                 "tensor or expert parallelism"
             )
         if info["dp_size"] != 1 and not info["enable_dp_attention"] and not replicas:
             raise Refused(
-                f"engine {self.name} = dp_size {info['dp_size']}: SGLang gives new weights to 1 replica only; start more "
+                f"{self.name} = dp_size {info['dp_size']}: SGLang gives new weights to 1 replica only; start more "
                 "engines, or add enable-dp-attention, or set rollout.sync_transport = 'disk'"
             )
         self.num_ranks = info["tp_size"]
@@ -154,7 +154,7 @@ class EngineControl:
             await self.post("/flush_cache", {})
         served = (await self.get("/model_info"))["weight_version"]
         if served != str(version):
-            raise Refused(f"engine {self.name} = weight version {served}: expected {version} after the push")
+            raise Refused(f"{self.name} = weight version {served}: expected {version} after the push")
         return await self._digest()
 
     async def resume(self) -> None:
@@ -173,16 +173,16 @@ class EngineControl:
             async with self._http.request(method, self.url + path, json=payload) as answer:
                 status, body = answer.status, await answer.text()
         except (aiohttp.ClientError, OSError) as err:
-            raise Lost(f"engine {self.name} at {self.url}{path} = {err!r}: no answer; see its log") from err
+            raise Lost(f"{self.name} at {self.url}{path} = {err!r}: no answer; see its log") from err
         if status != 200:
             raise Refused(
-                f"engine {self.name} at {self.url}{path} = HTTP {status}: {body[:500]}; see its log", status
+                f"{self.name} at {self.url}{path} = HTTP {status}: {body[:500]}; see its log", status
             )
         try:
             answer = Answer(json.loads(body) if body.startswith("{") else {})
         except ValueError as err:
-            raise Refused(f"engine {self.name} at {self.url}{path} = no JSON ({err}); see its log") from err
-        answer.who = f"engine {self.name} at {self.url}{path}"
+            raise Refused(f"{self.name} at {self.url}{path} = no JSON ({err}); see its log") from err
+        answer.who = f"{self.name} at {self.url}{path}"
         return answer
 
     async def _digest(self) -> str | None:

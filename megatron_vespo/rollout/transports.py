@@ -95,7 +95,7 @@ class SharedMemory:
         """Stage no more than there is room for; a file system that is written beyond its room kills the writer."""
         for engine in [engine for engine in fleet.active if not _is_here(engine.url)]:
             elsewhere = "rollout.sync_transport = 'shared_memory' reaches engines of rank 0's machine only; choose another"
-            fleet.drop(engine, Refused(f"engine {engine.name} = at {engine.url}: {elsewhere}"))
+            fleet.drop(engine, Refused(f"{engine.name} = at {engine.url}: {elsewhere}"))
         if self._device.type == "cpu":
             room = _free_bytes() - BUCKETS_BEYOND_STAGING * self._bucket_bytes
             self.staging_bytes = max(0, min(self._wanted_bytes, room))

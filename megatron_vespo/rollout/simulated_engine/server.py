@@ -76,17 +76,7 @@ class SimulatedServer:
 
     async def death_report(self) -> str | None:
         """None while the process lives; else its exit status and the end of its log."""
-        if self._process is None:
-            return "was never started"
-        status = self._process.poll()
-        if status is None:
-            return None
-        how = (
-            f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-        )
-        return (
-            f"{how}; the end of {self.log}:\n{self.log.read_bytes()[-TAIL_BYTES:].decode(errors='replace')}"
-        )
+        return _report(self._process, self.log)
 
     def suffer(self, fault: str, **parameters: Any) -> dict[str, Any]:
         """Put a fault on it (faults.py), or with "heal" take all off; returns its state."""

@@ -41,8 +41,6 @@ from megatron_vespo.rollout.engine_control import (
     Interrupted,
     Lost,
     Refused,
-    all_within,
-    in_step,
     left_s,
 )
 from megatron_vespo.types import RunError
@@ -78,9 +76,7 @@ class Broadcast:
         while missing := {key: part for key, part in self._parts(fleet).items() if key not in self._groups}:
             await self._leave_outdated(fleet)
             meetings = {key: _Group.meet(part, self._backend, fleet) for key, part in missing.items()}
-            for key, group in (
-                await all_within(meetings, math.inf, fleet.straggler_s)
-            ).items():  # each has its deadline
+            for key, group in (await fleet.answers(meetings, math.inf)).items():  # each has its deadline
                 if isinstance(group, RunError):
                     _drop(fleet, missing[key], group)
                 else:
@@ -100,9 +96,7 @@ class Broadcast:
                 key: self._groups[key].broadcast(part, bucket, self._device, fleet)
                 for key, part in parts.items()
             }
-            for key, problem in (
-                await all_within(sends, math.inf, fleet.straggler_s)
-            ).items():  # each has its deadline
+            for key, problem in (await fleet.answers(sends, math.inf)).items():  # each has its deadline
                 if problem is not None:
                     self._broken.append(self._groups.pop(key))
                     _drop(fleet, parts[key], problem)
@@ -173,7 +167,7 @@ class _Group:
             terms = {"rank_offset": offset, "world_size": size, "group_name": name, "backend": backend}
             invitations[engine] = engine.post("/init_weights_update_group", place | terms)
             offset += engine.num_ranks
-        answering = asyncio.ensure_future(all_within(invitations, fleet.until))
+        answering = asyncio.ensure_future(fleet.answers(invitations, fleet.until))
         while store.num_keys() == 0 and not answering.done():
             await asyncio.sleep(POLL_S)
         if answering.done():  # an engine that declines never joins, and forming a group would wait for it
@@ -252,7 +246,7 @@ class _Group:
             if here[identity.name].url == identity.url
         }
         self.untold.difference_update(told)
-        await all_within(asks, time.monotonic() + fleet.grace_s)
+        await fleet.answers(asks, time.monotonic() + fleet.grace_s)
         await asyncio.wait([self.abort()], timeout=fleet.grace_s)
 
 
@@ -272,8 +266,8 @@ async def _done_together(
     sending: asyncio.Future[Any], asked: list[asyncio.Future[Any]], fleet: Fleet
 ) -> bool:
     """Whether the bytes are through and all engines have loaded them; returns as soon as that cannot be any more."""
-    loading = asyncio.ensure_future(in_step(asked, fleet.until, fleet.straggler_s, together=True))
-    await asyncio.wait([sending, loading], timeout=left_s(fleet.until), return_when=asyncio.FIRST_COMPLETED)
+    loading = asyncio.ensure_future(fleet.in_step(asked, fleet.until, together=True))
+    await asyncio.wait([sending, loading], return_when=asyncio.FIRST_COMPLETED)
     if _is_well(sending):
         await loading
     elif all(map(_is_well, asked)):

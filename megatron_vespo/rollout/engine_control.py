@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -21,10 +20,10 @@ from megatron_vespo.types import RunError
 ABORT_WITHIN_S = 1.0
 """Aborted requests end with the forward pass under way; whoever arrives meanwhile is not waited for any longer."""
 GRACE_S = 5.0
-STRAGGLER_S = 20.0
-STRAGGLER_FACTOR = 10.0
-"""Who takes so many times as long as the first of the fleet, and that many seconds (or an eighth of the deadline, if that
-is less), is lost: the others are paused, and need the rest of the deadline."""
+PATIENCE_S = 20.0
+PATIENCE_FACTOR = 10.0
+"""Who takes so many times as long as the first of the fleet, and that many seconds (a quarter of the deadline, if that is
+less), is lost: the others are paused."""
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -207,7 +206,7 @@ class Fleet:
         self.timeout_s = timeout_s
         self.grace_s = min(GRACE_S, timeout_s / 8)
         """For each of the steps that follow a failure, of which three are kept."""
-        self.straggler_s = min(STRAGGLER_S, timeout_s / 8)
+        self._patience_s = min(PATIENCE_S, timeout_s / 4)
         self.until = time.monotonic() + timeout_s - 3 * self.grace_s
         self.active = list(engines)
         self.failures: dict[str, str] = {}
@@ -215,8 +214,38 @@ class Fleet:
 
     async def each(self, ask: Callable[[EngineControl], Awaitable[T]]) -> dict[EngineControl, T]:
         """Ask all active servers at once; return the answers, and drop who gave none."""
-        asks = {engine: ask(engine) for engine in self.active}
-        return self.sort_out(await all_within(asks, self.until, self.straggler_s))
+        return self.sort_out(await self.answers({engine: ask(engine) for engine in self.active}, self.until))
+
+    async def answers(self, asks: Mapping[K, Awaitable[T]], until: float) -> dict[K, T | RunError]:
+        """What each returned, or the RunError that it raised; `Lost` for those cut off at the deadline or as stragglers."""
+        began = time.monotonic()
+        tasks = {asyncio.ensure_future(ask): key for key, ask in asks.items()}
+        await self.in_step(tasks, until)
+        waited_s = time.monotonic() - began
+        for task in tasks:
+            task.cancel()  # no effect on those that are done
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return {key: _verdict(task, waited_s) for task, key in tasks.items()}
+
+    async def in_step(
+        self, asks: Iterable[asyncio.Future[Any]], until: float, *, together: bool = False
+    ) -> None:
+        """Wait until all are done, at most to the deadline, or until those that are not lag far behind the first success.
+
+        Args:
+            together: return as soon as one fails, since then the others do not matter.
+        """
+        began, limit, pending = time.monotonic(), until, set(asks)
+        while pending:
+            done, pending = await asyncio.wait(
+                pending, timeout=left_s(limit), return_when=asyncio.FIRST_COMPLETED
+            )
+            failed = [ask for ask in done if ask.exception() is not None]
+            if not done or (failed and together):
+                return
+            if len(failed) < len(done):
+                taken_s = time.monotonic() - began
+                limit = min(limit, began + max(self._patience_s, PATIENCE_FACTOR * taken_s))
 
     def sort_out(self, answers: Mapping[EngineControl, T | RunError]) -> dict[EngineControl, T]:
         """Drop who gave an error, and return the others' answers."""
@@ -238,41 +267,6 @@ class Fleet:
 def left_s(until: float) -> float:
     """Seconds until a time of time.monotonic; 0 when it is past."""
     return max(until - time.monotonic(), 0.0)
-
-
-async def all_within(
-    asks: Mapping[K, Awaitable[T]], until: float, straggler_s: float = math.inf
-) -> dict[K, T | RunError]:
-    """What each returned, or the RunError that it raised; `Lost` for those cut off at the deadline or as stragglers."""
-    began = time.monotonic()
-    tasks = {asyncio.ensure_future(ask): key for key, ask in asks.items()}
-    await in_step(tasks, until, straggler_s)
-    waited_s = time.monotonic() - began
-    for task in tasks:
-        task.cancel()  # no effect on those that are done
-    await asyncio.gather(*tasks, return_exceptions=True)
-    return {key: _verdict(task, waited_s) for task, key in tasks.items()}
-
-
-async def in_step(
-    asks: Iterable[asyncio.Future[Any]], until: float, straggler_s: float, *, together: bool = False
-) -> None:
-    """Wait until all are done, at most to the deadline, or until those that are not lag far behind the first success.
-
-    Args:
-        together: return as soon as one fails, since then the others do not matter.
-    """
-    began, limit, pending = time.monotonic(), until, set(asks)
-    while pending:
-        done, pending = await asyncio.wait(
-            pending, timeout=left_s(limit), return_when=asyncio.FIRST_COMPLETED
-        )
-        failed = [ask for ask in done if ask.exception() is not None]
-        if not done or (failed and together):
-            return
-        if len(failed) < len(done):
-            taken_s = time.monotonic() - began
-            limit = min(limit, began + max(straggler_s, STRAGGLER_FACTOR * taken_s))
 
 
 def _verdict(task: asyncio.Future[T], waited_s: float) -> T | RunError:

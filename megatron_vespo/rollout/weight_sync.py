@@ -24,7 +24,6 @@ from megatron_vespo.rollout.engine_control import (
     Interrupted,
     Mode,
     Target,
-    all_within,
     left_s,
 )
 from megatron_vespo.rollout.transports import Transport, make_transport
@@ -200,7 +199,7 @@ class _Push:
                 fleet.drop(engine, Interrupted("no push has come to its end"))
         if self._transport.in_session:
             ends = {engine: engine.end() for engine in fleet.incomplete}
-            fleet.sort_out(await all_within(ends, time.monotonic() + fleet.grace_s))
+            fleet.sort_out(await fleet.answers(ends, time.monotonic() + fleet.grace_s))
 
     def _outcome(self, stream: BucketStream) -> PushOutcome:
         fleet, now = self._fleet, time.monotonic()

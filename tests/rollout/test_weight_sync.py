@@ -145,7 +145,7 @@ def test_other_transports_lose_an_engine_as_well(make_sync, tensors, transport, 
     "path", ["/server_info", "/pause_generation", "/continue_generation", *UPDATES.values()]
 )
 def test_the_others_do_not_wait_for_an_engine_that_hangs(make_sync, tensors, monkeypatch, path):
-    monkeypatch.setattr(engine_control, "STRAGGLER_S", 0.5)
+    monkeypatch.setattr(engine_control, "PATIENCE_S", 0.5)
     transport = next((name for name, update in UPDATES.items() if update == path), "broadcast")
     began = time.monotonic()
     with fake_engines(FakeEngine("bad", Fault(path, "stop")), FakeEngine("good")) as engines:
@@ -287,7 +287,7 @@ def test_a_common_communicator_that_breaks_leaves_the_survivors_paused_and_ready
 
 
 def test_a_common_communicator_does_not_wait_for_an_engine_that_hangs(nccl, make_sync, tensors, monkeypatch):
-    monkeypatch.setattr(engine_control, "STRAGGLER_S", 0.5)
+    monkeypatch.setattr(engine_control, "PATIENCE_S", 0.5)
     began = time.monotonic()
     fault = Fault("/update_weights_from_distributed", "stop", nth=2)
     with fake_engines(FakeEngine("bad", fault), FakeEngine("good")) as (bad, good):

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import cProfile
-import gc
 import os
 import pstats
 import sys
@@ -35,6 +34,7 @@ import psutil
 from asynchrony import LabellingTrainer
 
 from megatron_vespo.config import TrainConfig, parse_config
+from megatron_vespo.control import session
 from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.observer import Observer
 from megatron_vespo.control.simulation import simulate, simulated_prompts
@@ -226,9 +226,7 @@ def main() -> None:
         "--default-collector", action="store_true", help="leave Python's garbage collector as it is"
     )
     if not parser.parse_args().default_collector:
-        # Answers are hundreds of thousands of small lists: every full collection would look at all modules, too.
-        gc.freeze()
-        gc.set_threshold(100_000, 50, 1000)
+        session.collect_rarely()  # as every run does
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         write_tiny_model(directory / "model", seed=0)

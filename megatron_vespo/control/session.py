@@ -48,10 +48,7 @@ def run(main: Callable[[Stop], Awaitable[T]], tell: Callable[[str], None]) -> T:
         Interrupted: a signal ended it at once.
     """
 
-    # Responses hold many small objects that live long and form no cycles; Python's default goes through all of them again
-    # and again, each time for a third of a second (benchmarks/controller.py).
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 1_000)
+    collect_rarely()
 
     async def guarded() -> T:
         stop, task = Stop(), asyncio.current_task()
@@ -72,6 +69,16 @@ def run(main: Callable[[Stop], Awaitable[T]], tell: Callable[[str], None]) -> T:
         if cause is error:
             raise
         raise cause from error
+
+
+def collect_rarely() -> None:
+    """Have Python look for cycles less often; call it after the imports.
+
+    Responses hold many small objects that live long and form no cycles.  By default all of them are gone through again and
+    again, each time for a third of a second (benchmarks/controller.py).
+    """
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 1_000)
 
 
 def _cause(error: Exception) -> BaseException:

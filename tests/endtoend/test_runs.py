@@ -305,6 +305,7 @@ def test_a_run_whose_driver_was_killed_goes_on_with_the_prompts_that_are_left(pl
         *dense(
             place, "loop.num_steps=6", f"environment.name={strangers}:Insists", "environment.max_turns=2",
             "reward.verifier=function", f"reward.function={strangers}:parity", "loop.filter_groups=true",
+            f"evaluation.sets.again={place / 'inputs' / 'heldout.parquet'}",
             "sampling.max_response_tokens=90",  # long enough for an untrained model to end a turn by chance
         ),
         "--resume", "auto",

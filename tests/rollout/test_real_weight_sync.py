@@ -232,7 +232,7 @@ def test_the_digest_is_that_of_all_weights(tensors, pushing):
     changed = tensors | {name: tensors[name].clone()}
     changed[name][3, 4] += 1e-4
     digest = pushing(changed, 2).digests["e"]
-    assert digest == served_digest(changed)
+    assert digest == f"tp1-ep1-dp1 {served_digest(changed)}"
     assert digest not in digests
 
 

@@ -40,6 +40,8 @@ class Fault:
     strike: Callable[[Engines], object]
     loses: int = 1
     """Engines that must be lost and come back."""
+    tested_elsewhere: bool = False
+    """With fakes, in tests/rollout: here it is run by the benchmark alone, to save time."""
 
 
 @dataclass
@@ -81,18 +83,23 @@ FAULTS = [
     Fault("killed while it generates", send(signal.SIGKILL)),
     Fault("all killed at once", kill_all, loses=NUM_ENGINES),
     Fault("stopped (SIGSTOP)", send(signal.SIGSTOP)),
-    Fault("hangs, HTTP answers", suffer("hang")),
+    Fault("hangs, HTTP answers", suffer("hang"), tested_elsewhere=True),
     Fault("killed when a bucket is announced", suffer("die", bucket=1)),
     Fault("freezes in a transfer", suffer("freeze", bucket=1)),
-    Fault("dies in the pause", suffer("drop", path="/continue_generation")),
-    Fault("20 times as slow", suffer("slow", factor=20), loses=0),
-    Fault("truncated answers", suffer("garbage", how="truncated")),
-    Fault("answers without log-probs", suffer("garbage", how="logprobs")),
+    Fault("dies in the pause", suffer("drop", path="/continue_generation"), tested_elsewhere=True),
+    Fault("20 times as slow", suffer("slow", factor=20), loses=0, tested_elsewhere=True),
+    Fault("truncated answers", suffer("garbage", how="truncated"), tested_elsewhere=True),
+    Fault("answers without log-probs", suffer("garbage", how="logprobs"), tested_elsewhere=True),
     Fault("answers of the wrong length", suffer("garbage", how="length")),
-    Fault("answers without experts", suffer("garbage", how="experts")),
+    Fault("answers without experts", suffer("garbage", how="experts"), tested_elsewhere=True),
     Fault("wrong version", suffer("wrong_version", label="77")),
     Fault("keeps the old weights", suffer("stale_weights")),
-    Fault("every third answer a 500", suffer("flaky", probability=0.33, times=30), loses=0),
+    Fault(
+        "every third answer a 500",
+        suffer("flaky", probability=0.33, times=30),
+        loses=0,
+        tested_elsewhere=True,
+    ),
     Fault("drops five connections", suffer("drop", times=5), loses=0),
 ]
 

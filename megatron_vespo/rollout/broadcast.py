@@ -36,10 +36,10 @@ from torch.distributed.distributed_c10d import (
 from megatron_vespo.rollout.buckets import Bucket, Named, forget, host_memory, in_thread, pack, wire
 from megatron_vespo.rollout.engine_control import (
     EngineControl,
-    Fleet,
     Identity,
     Interrupted,
     Lost,
+    Receivers,
     Refused,
     left_s,
 )
@@ -71,14 +71,16 @@ class Broadcast:
         self._broken: list[_Group] = []
         """Given up here; their engines may still hold them."""
 
-    async def connect(self, fleet: Fleet) -> None:
+    async def connect(self, receivers: Receivers) -> None:
         """Meet the engines that have no group yet; of a group of several, as often as some of them do not come."""
-        while missing := {key: part for key, part in self._parts(fleet).items() if key not in self._groups}:
-            await self._leave_outdated(fleet)
-            meetings = {key: _Group.meet(part, self._backend, fleet) for key, part in missing.items()}
-            for key, group in (await fleet.answers(meetings, math.inf)).items():  # each has its deadline
+        while missing := {
+            key: part for key, part in self._parts(receivers).items() if key not in self._groups
+        }:
+            await self._leave_outdated(receivers)
+            meetings = {key: _Group.meet(part, self._backend, receivers) for key, part in missing.items()}
+            for key, group in (await receivers.answers(meetings, math.inf)).items():  # each has its deadline
                 if isinstance(group, RunError):
-                    _drop(fleet, missing[key], group)
+                    _drop(receivers, missing[key], group)
                 else:
                     self._groups[key] = group
 
@@ -86,43 +88,43 @@ class Broadcast:
         """Staged buckets are in host memory, from which they go to the device of the broadcast one by one."""
         return await in_thread(pack, named, host_memory(self._device) if staged else self._empty)
 
-    async def transfer(self, buckets: AsyncIterator[Bucket], fleet: Fleet) -> None:
+    async def transfer(self, buckets: AsyncIterator[Bucket], receivers: Receivers) -> None:
         async for bucket in buckets:
-            parts = self._parts(fleet)
+            parts = self._parts(receivers)
             for key in [key for key in parts if key not in self._groups]:
                 why = Interrupted("process group = of more engines: one of them was lost before the transfer")
-                _drop(fleet, parts.pop(key), why)
+                _drop(receivers, parts.pop(key), why)
             sends = {
-                key: self._groups[key].broadcast(part, bucket, self._device, fleet)
+                key: self._groups[key].broadcast(part, bucket, self._device, receivers)
                 for key, part in parts.items()
             }
-            for key, problem in (await fleet.answers(sends, math.inf)).items():  # each has its deadline
+            for key, problem in (await receivers.answers(sends, math.inf)).items():  # each has its deadline
                 if problem is not None:
                     self._broken.append(self._groups.pop(key))
-                    _drop(fleet, parts[key], problem)
-            if not fleet.active:
+                    _drop(receivers, parts[key], problem)
+            if not receivers.active:
                 return
 
-    async def close(self, fleet: Fleet) -> None:
-        await asyncio.gather(*(group.leave(fleet) for group in (*self._groups.values(), *self._broken)))
+    async def close(self, receivers: Receivers) -> None:
+        await asyncio.gather(*(group.leave(receivers) for group in (*self._groups.values(), *self._broken)))
         self._groups.clear()
         self._broken.clear()
 
     def _empty(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
-    def _parts(self, fleet: Fleet) -> dict[_Key, list[EngineControl]]:
+    def _parts(self, receivers: Receivers) -> dict[_Key, list[EngineControl]]:
         """The active engines by group."""
-        parts = [[engine] for engine in fleet.active] if self._backend == "gloo" else [fleet.active]
+        parts = [[engine] for engine in receivers.active] if self._backend == "gloo" else [receivers.active]
         return {tuple(engine.identity for engine in part): part for part in parts if part}
 
-    async def _leave_outdated(self, fleet: Fleet) -> None:
+    async def _leave_outdated(self, receivers: Receivers) -> None:
         """Leave the groups of engines that are to be in another now; those of engines that are not asked for stand."""
-        wanted, names = self._parts(fleet), {engine.name for engine in fleet.active}
+        wanted, names = self._parts(receivers), {engine.name for engine in receivers.active}
         for key in list(self._groups):
             if key not in wanted and names & {identity.name for identity in key}:
                 self._broken.append(self._groups.pop(key))
-        await asyncio.gather(*(group.leave(fleet) for group in self._broken))
+        await asyncio.gather(*(group.leave(receivers) for group in self._broken))
         self._broken = [group for group in self._broken if group.untold]
 
 
@@ -134,10 +136,10 @@ class _Broken(RunError):
         self.parts = parts
 
 
-def _drop(fleet: Fleet, engines: Sequence[EngineControl], problem: RunError) -> None:
+def _drop(receivers: Receivers, engines: Sequence[EngineControl], problem: RunError) -> None:
     parts = problem.parts if isinstance(problem, _Broken) else dict.fromkeys(engines, problem)
     for engine, part in parts.items():
-        fleet.drop(engine, part)
+        receivers.drop(engine, part)
 
 
 class _Group:
@@ -151,14 +153,14 @@ class _Group:
         self._store = store  # the engines may still look into it
 
     @classmethod
-    async def meet(cls, engines: Sequence[EngineControl], backend: str, fleet: Fleet) -> _Group:
+    async def meet(cls, engines: Sequence[EngineControl], backend: str, receivers: Receivers) -> _Group:
         """Open a TCP store, invite the engines, and form the group once somebody has come.
 
         Raises:
             _Broken: naming those that declined or did not come.
         """
         name, size = f"megatron_vespo_{uuid.uuid4().hex}", 1 + sum(engine.num_ranks for engine in engines)
-        timeout = timedelta(seconds=2 * fleet.timeout_s)  # never the first to run out
+        timeout = timedelta(seconds=2 * receivers.timeout_s)  # never the first to run out
         host = address_seen_by(engines[0].url)
         store = TCPStore(host, 0, size, is_master=True, timeout=timeout, wait_for_workers=False)
         invitations, offset = {}, 1
@@ -167,21 +169,21 @@ class _Group:
             terms = {"rank_offset": offset, "world_size": size, "group_name": name, "backend": backend}
             invitations[engine] = engine.post("/init_weights_update_group", place | terms)
             offset += engine.num_ranks
-        answering = asyncio.ensure_future(fleet.answers(invitations, fleet.until))
+        answering = asyncio.ensure_future(receivers.answers(invitations, receivers.until))
         while store.num_keys() == 0 and not answering.done():
             await asyncio.sleep(POLL_S)
         if answering.done():  # an engine that declines never joins, and forming a group would wait for it
             _raise_problems(await answering)
         forming = in_thread(_form, backend, PrefixStore(name, store), size, name, timeout)
         _raise_problems(await answering)
-        await asyncio.wait([forming], timeout=left_s(fleet.until))
+        await asyncio.wait([forming], timeout=left_s(receivers.until))
         if not _is_well(forming):
             why = forming.exception() if forming.done() else "it did not come"
             raise _Broken(dict.fromkeys(engines, Lost(f"process group = not formed: {why}; see its log")))
         return cls(name, tuple(engine.identity for engine in engines), forming.result(), store)
 
     async def broadcast(
-        self, engines: Sequence[EngineControl], bucket: Bucket, device: torch.device, fleet: Fleet
+        self, engines: Sequence[EngineControl], bucket: Bucket, device: torch.device, receivers: Receivers
     ) -> None:
         """Send one bucket and have it loaded.
 
@@ -195,16 +197,16 @@ class _Group:
             "flush_cache": False,
         }
         asked = {engine: _ask(engine, "/update_weights_from_distributed", request) for engine in engines}
-        sending = in_thread(self._send, bucket.flat, device, left_s(fleet.until))
+        sending = in_thread(self._send, bucket.flat, device, left_s(receivers.until))
         well, first = False, []
         try:
-            well = await _done_together(sending, list(asked.values()), fleet)
+            well = await _done_together(sending, list(asked.values()), receivers)
         finally:
             if not well:  # or cut off, because it lags behind other groups
                 first = [engine for engine, ask in asked.items() if ask.done()]
                 self.abort()
         if not well:
-            raise _Broken(await _parts_in(asked, fleet.grace_s, first))
+            raise _Broken(await _parts_in(asked, receivers.grace_s, first))
 
     def _send(self, flat: Tensor, device: torch.device, timeout_s: float) -> None:
         """Return when the bytes are through.  NCCL blocks already here, when its communicator is first made."""
@@ -236,9 +238,9 @@ class _Group:
             dist.destroy_process_group(group)
         # The last reference is dropped here: gloo then waits for what is under way.
 
-    async def leave(self, fleet: Fleet) -> None:
+    async def leave(self, receivers: Receivers) -> None:
         """Destroy the group on both ends, or tell those engines of it that are there now; who is gone has destroyed it."""
-        request, here = {"group_name": self._name}, {engine.name: engine for engine in fleet.active}
+        request, here = {"group_name": self._name}, {engine.name: engine for engine in receivers.active}
         told = [identity for identity in self.untold if identity.name in here]
         asks = {
             here[identity.name]: here[identity.name].post("/destroy_weights_update_group", request)
@@ -246,8 +248,8 @@ class _Group:
             if here[identity.name].url == identity.url
         }
         self.untold.difference_update(told)
-        await fleet.answers(asks, time.monotonic() + fleet.grace_s)
-        await asyncio.wait([self.abort()], timeout=fleet.grace_s)
+        await receivers.answers(asks, time.monotonic() + receivers.grace_s)
+        await asyncio.wait([self.abort()], timeout=receivers.grace_s)
 
 
 def _raise_problems(answers: Mapping[EngineControl, Any]) -> None:
@@ -263,15 +265,15 @@ def _ask(engine: EngineControl, path: str, payload: Mapping[str, Any]) -> asynci
 
 
 async def _done_together(
-    sending: asyncio.Future[Any], asked: list[asyncio.Future[Any]], fleet: Fleet
+    sending: asyncio.Future[Any], asked: list[asyncio.Future[Any]], receivers: Receivers
 ) -> bool:
     """Whether the bytes are through and all engines have loaded them; returns as soon as that cannot be any more."""
-    loading = asyncio.ensure_future(fleet.in_step(asked, fleet.until, together=True))
+    loading = asyncio.ensure_future(receivers.in_step(asked, receivers.until, together=True))
     await asyncio.wait([sending, loading], return_when=asyncio.FIRST_COMPLETED)
     if _is_well(sending):
         await loading
     elif all(map(_is_well, asked)):
-        await asyncio.wait([sending], timeout=left_s(fleet.until))
+        await asyncio.wait([sending], timeout=left_s(receivers.until))
     return all(map(_is_well, (sending, *asked)))
 
 

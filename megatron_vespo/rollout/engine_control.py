@@ -22,7 +22,7 @@ ABORT_WITHIN_S = 1.0
 GRACE_S = 5.0
 PATIENCE_S = 20.0
 PATIENCE_FACTOR = 10.0
-"""Who takes so many times as long as the first of the fleet, and that many seconds (a quarter of the deadline, if that is
+"""Who takes so many times as long as the first of the receivers, and that many seconds (a quarter of the deadline, if that is
 less), is lost: the others are paused."""
 
 T = TypeVar("T")
@@ -193,7 +193,7 @@ class EngineControl:
             return None
 
 
-class Fleet:
+class Receivers:
     """The servers of one push: those that still take part, and what became of the others."""
 
     def __init__(self, engines: Iterable[EngineControl], version: int, timeout_s: float) -> None:

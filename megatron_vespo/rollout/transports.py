@@ -27,7 +27,7 @@ from torch.multiprocessing import reductions
 from megatron_vespo.config import RolloutConfig
 from megatron_vespo.rollout.broadcast import Broadcast, address_seen_by
 from megatron_vespo.rollout.buckets import Bucket, Named, host_memory, in_thread, pack, spans
-from megatron_vespo.rollout.engine_control import EngineControl, Fleet, Refused
+from megatron_vespo.rollout.engine_control import EngineControl, Receivers, Refused
 from megatron_vespo.types import RunError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -45,7 +45,7 @@ class Transport(Protocol):
     staging_bytes: float
     """Most bytes of packed buckets that wait in memory until the engines pause; infinite if all are put elsewhere."""
 
-    async def connect(self, fleet: Fleet) -> None:
+    async def connect(self, receivers: Receivers) -> None:
         """Do what can be done with the engines of one push before they pause."""
         ...
 
@@ -53,12 +53,12 @@ class Transport(Protocol):
         """Put tensors where they can be sent from."""
         ...
 
-    async def transfer(self, buckets: AsyncIterator[Bucket], fleet: Fleet) -> None:
-        """Bring all buckets into the paused engines; the fleet drops those that do not take part to the end."""
+    async def transfer(self, buckets: AsyncIterator[Bucket], receivers: Receivers) -> None:
+        """Bring all buckets into the paused engines; the receivers drops those that do not take part to the end."""
         ...
 
-    async def close(self, fleet: Fleet) -> None:
-        """Give back what stands between pushes; `fleet` has the engines that may still be there."""
+    async def close(self, receivers: Receivers) -> None:
+        """Give back what stands between pushes; `receivers` has the engines that may still be there."""
         ...
 
 
@@ -91,11 +91,11 @@ class SharedMemory:
         self._bucket_bytes = bucket_bytes
         self._device = device
 
-    async def connect(self, fleet: Fleet) -> None:
+    async def connect(self, receivers: Receivers) -> None:
         """Stage no more than there is room for; a file system that is written beyond its room kills the writer."""
-        for engine in [engine for engine in fleet.active if not _is_here(engine.url)]:
+        for engine in [engine for engine in receivers.active if not _is_here(engine.url)]:
             elsewhere = "rollout.sync_transport = 'shared_memory' reaches engines of rank 0's machine only; choose another"
-            fleet.drop(engine, Refused(f"{engine.name} = at {engine.url}: {elsewhere}"))
+            receivers.drop(engine, Refused(f"{engine.name} = at {engine.url}: {elsewhere}"))
         if self._device.type == "cpu":
             room = _free_bytes() - BUCKETS_BEYOND_STAGING * self._bucket_bytes
             self.staging_bytes = max(0, min(self._wanted_bytes, room))
@@ -105,19 +105,19 @@ class SharedMemory:
             return await in_thread(pack, named, _shared)
         return await in_thread(pack, named, host_memory(self._device) if staged else self._on_device)
 
-    async def transfer(self, buckets: AsyncIterator[Bucket], fleet: Fleet) -> None:
+    async def transfer(self, buckets: AsyncIterator[Bucket], receivers: Receivers) -> None:
         async for bucket in buckets:
-            num_ranks = sum(engine.num_ranks for engine in fleet.active)
+            num_ranks = sum(engine.num_ranks for engine in receivers.active)
             with self._offered(bucket.flat, num_ranks) as handles:
                 payloads = _payloads(bucket, handles)
                 requests = {
-                    engine: [next(payloads) for _ in range(engine.num_ranks)] for engine in fleet.active
+                    engine: [next(payloads) for _ in range(engine.num_ranks)] for engine in receivers.active
                 }
-                await fleet.each(lambda engine, requests=requests: _load(engine, requests[engine]))
-            if not fleet.active:
+                await receivers.each(lambda engine, requests=requests: _load(engine, requests[engine]))
+            if not receivers.active:
                 return
 
-    async def close(self, fleet: Fleet) -> None:
+    async def close(self, receivers: Receivers) -> None:
         pass  # nothing stands
 
     def _on_device(self, num_bytes: int) -> Tensor:
@@ -240,7 +240,7 @@ class Disk:
         self._partial = self._directory / ".partial"
         self._num_files = 0
 
-    async def connect(self, fleet: Fleet) -> None:
+    async def connect(self, receivers: Receivers) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True, exist_ok=True)
         self._num_files = 0
@@ -250,20 +250,20 @@ class Disk:
         self._num_files += 1
         return await in_thread(_write, file, named)
 
-    async def transfer(self, buckets: AsyncIterator[Bucket], fleet: Fleet) -> None:
+    async def transfer(self, buckets: AsyncIterator[Bucket], receivers: Receivers) -> None:
         async for _ in buckets:
             pass  # they are written
-        complete = self._directory / f"version-{fleet.version:08d}-{uuid.uuid4().hex[:8]}"
+        complete = self._directory / f"version-{receivers.version:08d}-{uuid.uuid4().hex[:8]}"
         self._partial.rename(complete)
         request = {"model_path": str(complete), "flush_cache": False}
-        await fleet.each(lambda engine: engine.post("/update_weights_from_disk", request))
+        await receivers.each(lambda engine: engine.post("/update_weights_from_disk", request))
         for older in self._directory.glob("version-*"):
             if older != complete:
                 shutil.rmtree(
                     older, ignore_errors=True
                 )  # one that hangs may hold it open: the next push tries again
 
-    async def close(self, fleet: Fleet) -> None:
+    async def close(self, receivers: Receivers) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
 
 

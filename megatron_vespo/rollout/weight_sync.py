@@ -20,9 +20,9 @@ from megatron_vespo.config import RolloutConfig
 from megatron_vespo.rollout.buckets import BucketStream, Expected, Named, cut
 from megatron_vespo.rollout.engine_control import (
     EngineControl,
-    Fleet,
     Interrupted,
     Mode,
+    Receivers,
     Target,
     left_s,
 )
@@ -105,15 +105,15 @@ class WeightSync:
         self._targets |= {target.name: target for target in targets}
         buckets = cut(self._expected.checked(named_tensors), self._cfg.sync_bucket_bytes)
         async with _http() as http:
-            fleet = Fleet(
+            receivers = Receivers(
                 [EngineControl(target, http) for target in targets], version, self._cfg.sync_timeout_s
             )
-            return await _Push(self._transport, self._cfg, fleet).run(buckets, self._device)
+            return await _Push(self._transport, self._cfg, receivers).run(buckets, self._device)
 
     async def _close(self) -> None:
         async with _http() as http:
             engines = [EngineControl(target, http) for target in self._targets.values()]
-            await self._transport.close(Fleet(engines, 0, CLOSE_WITHIN_S))
+            await self._transport.close(Receivers(engines, 0, CLOSE_WITHIN_S))
 
 
 def _http() -> aiohttp.ClientSession:
@@ -126,10 +126,10 @@ def _http() -> aiohttp.ClientSession:
 class _Push:
     """One push, from the first look at the engines to the outcome."""
 
-    def __init__(self, transport: Transport, cfg: RolloutConfig, fleet: Fleet) -> None:
+    def __init__(self, transport: Transport, cfg: RolloutConfig, receivers: Receivers) -> None:
         self._transport = transport
         self._mode: Mode = cfg.partial_rollouts
-        self._fleet = fleet
+        self._fleet = receivers
         self._began = time.monotonic()
         self._transfer_s = 0.0
         self._paused_at: float | None = None
@@ -138,20 +138,20 @@ class _Push:
         """Engines that serve the new weights, with their digest."""
 
     async def run(self, buckets: Iterator[list[Named]], device: torch.device) -> PushOutcome:
-        fleet, transport = self._fleet, self._transport
-        await fleet.each(lambda engine: engine.inspect(replicas=transport.reaches_replicas))
-        await transport.connect(fleet)
+        receivers, transport = self._fleet, self._transport
+        await receivers.each(lambda engine: engine.inspect(replicas=transport.reaches_replicas))
+        await transport.connect(receivers)
         stream = BucketStream(buckets, transport.prepare, transport.staging_bytes, device)
         problem = None
         try:
             # The transport drops engines that miss the deadline; beyond that only the iterator can be late.
-            async with asyncio.timeout(left_s(fleet.until) + 1.5 * fleet.grace_s):
+            async with asyncio.timeout(left_s(receivers.until) + 1.5 * receivers.grace_s):
                 await self._switch(stream)
         except RunError as err:
             problem = err
         except TimeoutError:
             problem = self._late()
-        if not await stream.stop(fleet.until + 2 * fleet.grace_s):
+        if not await stream.stop(receivers.until + 2 * receivers.grace_s):
             problem = self._late()
         await self._release()
         outcome = self._outcome(stream)
@@ -167,16 +167,16 @@ class _Push:
 
     async def _switch(self, stream: BucketStream) -> None:
         """Pause, transfer, go on; every engine whose weights are replaced to the end goes on by itself."""
-        fleet = self._fleet
-        if fleet.active:
+        receivers = self._fleet
+        if receivers.active:
             await stream.staged()
             self._paused_at = time.monotonic()
-            await fleet.each(self._open)
-        if fleet.active:
+            await receivers.each(self._open)
+        if receivers.active:
             began = time.monotonic()
-            await self._transport.transfer(stream, fleet)
+            await self._transport.transfer(stream, receivers)
             self._transfer_s = time.monotonic() - began
-            await fleet.each(self._finish)
+            await receivers.each(self._finish)
 
     async def _open(self, engine: EngineControl) -> None:
         await engine.pause(self._mode)
@@ -193,18 +193,18 @@ class _Push:
 
     async def _release(self) -> None:
         """Leave engines that are paused and not done such that the next push finds them ready; who does not answer is lost."""
-        fleet = self._fleet
+        receivers = self._fleet
         if self._paused_at is not None:
-            for engine in [engine for engine in fleet.active if engine not in self._done]:
-                fleet.drop(engine, Interrupted("no push has come to its end"))
+            for engine in [engine for engine in receivers.active if engine not in self._done]:
+                receivers.drop(engine, Interrupted("no push has come to its end"))
         if self._transport.in_session:
-            ends = {engine: engine.end() for engine in fleet.incomplete}
-            fleet.sort_out(await fleet.answers(ends, time.monotonic() + fleet.grace_s))
+            ends = {engine: engine.end() for engine in receivers.incomplete}
+            receivers.sort_out(await receivers.answers(ends, time.monotonic() + receivers.grace_s))
 
     def _outcome(self, stream: BucketStream) -> PushOutcome:
-        fleet, now = self._fleet, time.monotonic()
+        receivers, now = self._fleet, time.monotonic()
         return PushOutcome(
-            version=fleet.version,
+            version=receivers.version,
             num_bytes=stream.num_bytes,
             time_s={
                 "total": now - self._began,
@@ -212,7 +212,7 @@ class _Push:
                 "transfer": self._transfer_s,
                 "paused": 0.0 if self._paused_at is None else (self._resumed_at or now) - self._paused_at,
             },
-            failures=dict(fleet.failures),
-            incomplete=frozenset(engine.name for engine in fleet.incomplete),
+            failures=dict(receivers.failures),
+            incomplete=frozenset(engine.name for engine in receivers.incomplete),
             digests={engine.name: digest for engine, digest in self._done.items() if digest is not None},
         )

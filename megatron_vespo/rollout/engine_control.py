@@ -190,7 +190,6 @@ class EngineControl:
             return f"{self._layout} {checksum}"
         except Refused:  # an older version, or one that can do it on GPUs only
             return None
-            return None
 
 
 class Receivers:

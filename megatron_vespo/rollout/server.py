@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import aiohttp
 
@@ -156,11 +156,30 @@ def free_port(host: str = HOST) -> int:
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     low = 20000 if first_ephemeral > 21000 else 10000
     for port in random.sample(range(low, max(first_ephemeral, low + 1000)), 100):
-        if _is_free(host, port):
+        if is_free(host, port):
             return port
     raise RunError(
         f"free port = none: 100 ports of {host} from {low} on are all in use; end what listens there"
     )
+
+
+def spawn_tethered(
+    argv: Sequence[str], environment: Mapping[str, str], log: BinaryIO
+) -> subprocess.Popen[bytes]:
+    """A process group of its own that never outlives this process; what it prints goes to `log`."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), *argv],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def ending(status: int) -> str:
+    """How a process ended, from its exit status as subprocess gives it."""
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
 
 
 @dataclass(eq=False)
@@ -207,7 +226,7 @@ class Server:
             RunError: it died (with the end of its log) or missed `start_timeout_s`; nothing is left running.
         """
         self._port = self.cfg.port or free_port(self.host)
-        if not _is_free(self.host, self._port):
+        if not is_free(self.host, self._port):
             raise ConfigError(
                 f"rollout.port = {self._port}: in use on {self.host}; leave it out to get a free one"
             )
@@ -257,10 +276,7 @@ class Server:
         status = self._process.poll()
         if status is None:
             return None
-        how = (
-            f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-        )
-        return f"{how}; the end of {self.log}:\n{self._log_tail()}"
+        return f"{ending(status)}; the end of {self.log}:\n{self._log_tail()}"
 
     async def __aenter__(self) -> Server:
         await self.start()
@@ -283,14 +299,7 @@ class Server:
     def _spawn(self, argv: tuple[str, ...], environment: dict[str, str]) -> None:
         with self.log.open("ab") as log:
             self._log_start = log.tell()
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), *argv],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self._process = spawn_tethered(argv, environment, log)
 
     async def _wait_until_healthy(self) -> None:
         began = reported = time.monotonic()
@@ -451,7 +460,7 @@ def _words(name: str, value: Any) -> list[str]:
     return [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
 
 
-def _is_free(host: str, port: int) -> bool:
+def is_free(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is free
         try:

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -18,7 +17,7 @@ from typing import Any
 
 import aiohttp
 
-from megatron_vespo.rollout.server import HOST, TETHER, free_port
+from megatron_vespo.rollout.server import HOST, ending, free_port, is_free, spawn_tethered
 from megatron_vespo.rollout.simulated_engine.behaviour import Behaviour
 from megatron_vespo.types import RunError
 
@@ -172,15 +171,9 @@ def _spawn(
     argv = [sys.executable, "-m", __package__, "--model", str(model), "--host", HOST, "--port", str(port)]
     argv += ["--engines", str(num_engines), *behaviour.argv()]
     log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), *argv],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return spawn_tethered(argv, environment, output)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -196,8 +189,7 @@ def _report(process: subprocess.Popen[bytes] | None, log: Path) -> str | None:
     status = process.poll()
     if status is None:
         return None
-    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-    return f"{how}; the end of {log}:\n{log.read_bytes()[-TAIL_BYTES:].decode(errors='replace')}"
+    return f"{ending(status)}; the end of {log}:\n{log.read_bytes()[-TAIL_BYTES:].decode(errors='replace')}"
 
 
 async def _wait_until_up(
@@ -221,15 +213,9 @@ def _free_ports(num: int) -> int:
     """The first of `num` consecutive ports on which nobody listens."""
     for _ in range(100):
         first = free_port()
-        if all(_is_free(port) for port in range(first, first + num)):
+        if all(is_free(HOST, port) for port in range(first, first + num)):
             return first
     raise RunError(f"free ports = none: no {num} in a row; end what listens on {HOST}")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return probe.connect_ex((HOST, port)) != 0
 
 
 def _simulate(url: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -295,8 +295,8 @@ def _panels(
 ) -> str:
     """One small panel a row of the table: the row in colour, all others in grey behind it."""
     labels = list(table.entries)
-    across = min(4, len(labels))
-    down = math.ceil(len(labels) / across)
+    down = math.ceil(len(labels) / 4)
+    across = math.ceil(len(labels) / down)
     figure, grid = plt.subplots(
         down,
         across,
@@ -314,11 +314,13 @@ def _panels(
         axes.set_title(label, fontsize=9, color=BLUE, loc="left", wrap=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
+    title, x, y = words
     for axes in grid.flat[len(labels) :]:
         axes.set_visible(False)
-    title, x, y = words
+    for axes in grid.flat[max(0, len(labels) - across) : len(labels)]:
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel(x, fontsize=9)
     figure.suptitle(title, fontsize=11)
-    figure.supxlabel(x, fontsize=9)
     figure.supylabel(y, fontsize=9)
     handles = [
         Line2D([], [], color=BLUE, marker="o", markersize=4, label="this row (every seed, and their mean)"),
@@ -363,7 +365,7 @@ def _draw_curve(table: Table, key: str, axes: Axes, label: str, is_other: bool) 
     if key == "log_w_std":
         axes.set_yscale("log")
     else:
-        axes.set_ylim(bottom=-0.04)
+        axes.set_ylim(-0.04, 1.04 if key == "success" else None)
     if is_other:
         return
     for (x, y), result in zip(curves, row[last][1], strict=True):

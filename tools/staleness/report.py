@@ -252,8 +252,9 @@ def _behind(table: Table, block: Block, behind: list[Column]) -> str:
 def _cost(rows: Sequence[Row], results: Results, grid: Grid, block: Block) -> str:
     runs = [results.done[key] for key in map(identity, expand(grid, block)) if key in results.done]
     missing = len(expand(grid, block)) - len(runs)
-    minutes = sum(run["wall_s"] for run in runs) / 60
-    text = f"{len(runs)} runs, {minutes:.1f} minutes of one process together."
+    wall_s, cpu_s = (sum(run.get(clock, 0) for run in runs) for clock in ("wall_s", "cpu_s"))
+    text = f"{len(runs)} runs, together {wall_s / 60:.1f} minutes"
+    text += f", of which {cpu_s / 60:.1f} of computing." if cpu_s else "."
     return text + (f" {missing} cells have no result." if missing else "")
 
 

@@ -86,7 +86,8 @@ def collect(grid: Grid, block: Block, results: Results) -> list[Row]:
             continue
         label = row_label(block, cell)
         row = rows.setdefault(label, Row(label))
-        rate, column = cell.get("learning_rate"), cell[block.columns]
+        rate = None if block.columns == "learning_rate" else cell.get("learning_rate")
+        column = cell[block.columns]
         if cell["seed"] in block.tuning_seeds:
             row.tuning.setdefault(rate, []).append(result)
         else:
@@ -245,7 +246,7 @@ def _behind(table: Table, block: Block, behind: list[Column]) -> str:
         better = [
             k for k, row in table.entries.items() if column in row and mean_final(row[column][1]) > ours
         ]
-        ahead[column] = f"at {block.columns} = {column} ({', '.join(better)} have a higher mean)"
+        ahead[column] = f"at {block.columns} = {column} (a higher mean: {', '.join(better)})"
     return f"not among the best {'; '.join(ahead.values())}"
 
 

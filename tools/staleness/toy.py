@@ -63,6 +63,8 @@ class Problem(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
     """Mean number of free tokens after the string, all alike to the reward: high entropy, and a length to be exploited."""
     policy: Literal["dense", "moe"] = "dense"
     """"moe": top 2 of 8 experts."""
+    warm_updates: Positive = 600
+    """Of the fine-tuning on demonstrations."""
 
     @property
     def positions(self) -> int:
@@ -311,7 +313,7 @@ def warm_start(problem: Problem, seed: int) -> Policy:
         policy = Policy(problem)
     draw = torch.Generator().manual_seed(seed + 77)
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3, fused=True)
-    for _ in range(600):
+    for _ in range(problem.warm_updates):
         prompt_B, token_BT, length_B = task.demonstrations(128, draw)
         previous_BT = F.pad(token_BT[:, :-1], (1, 0), value=BOS)
         context_BT = policy.context(prompt_B[:, None], torch.arange(token_BT.shape[1]), previous_BT)

@@ -366,8 +366,8 @@ def _draw_curve(table: Table, key: str, axes: Axes, label: str, is_other: bool) 
     )
     if key == "log_w_std":
         axes.set_yscale("log")
-    else:
-        axes.set_ylim(-0.04, 1.04 if key == "success" else None)
+    elif key == "success":
+        axes.set_ylim(-0.04, 1.04)
     if is_other:
         return
     for (x, y), result in zip(curves, row[last][1], strict=True):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tools.staleness import grid as grids
-from tools.staleness import report
+from tools.staleness import outcomes, report
 from tools.staleness.grid import Block, Grid, Results, identity
 
 HIGH, LOW = 2e-3, 1e-3
@@ -60,21 +60,21 @@ def results(tmp_path):
 
 
 def test_collapse_is_what_was_agreed():
-    assert not report.has_collapsed(result(0.74, best=0.98))  # 0.735 is the bound
-    assert report.has_collapsed(result(0.73, best=0.98))
-    assert report.has_collapsed({"start": 0.5, "best": 0.55, "final": 0.45})
-    assert not report.has_collapsed({"start": 0.5, "best": 0.55, "final": 0.5})
+    assert not outcomes.has_collapsed(result(0.74, best=0.98))  # 0.735 is the bound
+    assert outcomes.has_collapsed(result(0.73, best=0.98))
+    assert outcomes.has_collapsed({"start": 0.5, "best": 0.55, "final": 0.45})
+    assert not outcomes.has_collapsed({"start": 0.5, "best": 0.55, "final": 0.5})
 
 
 def test_mean_and_spread_over_seeds():
     runs = [result(0.2), result(0.6)]
-    assert report.mean_final(runs) == pytest.approx(0.4)
-    assert report.spread_final(runs) == pytest.approx(0.08**0.5)  # (0.2^2 + 0.2^2) / (2 - 1)
-    assert report.spread_final(runs[:1]) == 0
+    assert outcomes.mean_final(runs) == pytest.approx(0.4)
+    assert outcomes.spread_final(runs) == pytest.approx(0.08**0.5)  # (0.2^2 + 0.2^2) / (2 - 1)
+    assert outcomes.spread_final(runs[:1]) == 0
 
 
 def test_the_rate_is_chosen_on_the_tuning_seeds_and_a_tie_goes_to_the_faster(results):
-    rows = {row.label: row for row in report.collect(GRID, BLOCK, results)}
+    rows = {row.label: row for row in outcomes.collect(GRID, BLOCK, results)}
     assert rows["VESPO"].chosen_rate(4) == HIGH
     assert rows["SAPO"].chosen_rate(4) == LOW
     assert rows["SAPO"].best_rate(64) == HIGH and rows["SAPO"].best_rate(4) == LOW
@@ -85,14 +85,15 @@ def test_the_rate_is_chosen_on_the_tuning_seeds_and_a_tie_goes_to_the_faster(res
 
 
 def test_without_tuning_seeds_the_rate_is_chosen_on_the_first_column_of_the_table(results):
-    row = report.collect(GRID, BLOCK, results)[0]
+    row = outcomes.collect(GRID, BLOCK, results)[0]
     row.tuning.clear()
     row.runs[HIGH][4] = [result(0.5)]
     assert row.chosen_rate(4) == LOW
+    assert row.chosen_rate(1) is None  # nothing has run there
 
 
 def test_the_tables_are_those_worked_out_by_hand(results):
-    one, best = report.tables(BLOCK, report.collect(GRID, BLOCK, results))
+    one, best = outcomes.tables(BLOCK, outcomes.collect(GRID, BLOCK, results))
     # VESPO is at HIGH and SAPO at LOW: .72 against .40 +- .283, which is 1.6 pooled deviations away
     lines = report.markdown(one, BLOCK)
     assert lines[0].startswith("One learning rate per row, chosen at N = 4 on the tuning seeds")
@@ -135,11 +136,11 @@ def test_other_axes_become_rows_and_the_rate_can_be_the_columns():
     results = Results(Path("nowhere"))
     for cell in grids.expand(grid, block):
         results.done[identity(cell)] = result(0.9 if cell["policy"] == "moe" else 0.8)
-    (table,) = report.tables(block, report.collect(grid, block, results))
+    (table,) = outcomes.tables(block, outcomes.collect(grid, block, results))
     assert list(table.entries) == [
         "VESPO, policy dense",
         "VESPO, policy moe",
         "SAPO, policy dense",
         "SAPO, policy moe",
     ]
-    assert [report.mean_final(runs) for _, runs in table.entries["SAPO, policy moe"].values()] == [0.9, 0.9]
+    assert [outcomes.mean_final(runs) for _, runs in table.entries["SAPO, policy moe"].values()] == [0.9, 0.9]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from megatron_vespo.config import ConfigError, Method
 from tools.staleness import toy
-from tools.staleness.report import has_collapsed
+from tools.staleness.outcomes import has_collapsed
 
 CELL = {
     "level": "toy",

@@ -120,6 +120,16 @@ def test_what_has_no_result_is_left_out_and_counted(results, tmp_path):
     assert "14 cells have no result" in text
 
 
+def test_half_a_grid_has_a_report(results, tmp_path):
+    """Nothing in the first column yet, and so no learning rate that could be chosen there."""
+    for cell in grids.expand(GRID, BLOCK):
+        if cell["N"] == 4:
+            results.done.pop(identity(cell))
+    report.write(GRID, results, tmp_path / "study")
+    text = (tmp_path / "study.md").read_text()
+    assert "One learning rate" not in text and "| VESPO |  | 0.920 +- 0.028 (0.001) |  |" in text
+
+
 def test_a_report_has_tables_plots_and_its_cost(results, tmp_path):
     report.write(GRID, results, tmp_path / "study")
     text = (tmp_path / "study.md").read_text()

@@ -122,7 +122,8 @@ class Table:
 
 
 def tables(block: Block, rows: Sequence[Row]) -> list[Table]:
-    """The table of one rate per method; and, where several were run, that of the best rate of every column."""
+    """The table of one rate per method; and, where several were run, that of the best rate of every column.
+    One without any entry is left out."""
     columns = sorted(block.axes[block.columns])
     several = len({rate for row in rows for rate in row.runs}) > 1
     how = "the tuning seeds" if block.tuning_seeds else "the seeds of the table themselves"
@@ -133,7 +134,7 @@ def tables(block: Block, rows: Sequence[Row]) -> list[Table]:
     if several:
         best = "The best learning rate of each row and column, chosen on the seeds of the table (optimistic, for all rows alike)"
         found.append(_table(best, columns, rows, Row.best_rate))
-    return found
+    return [table for table in found if table.entries]
 
 
 def _table(

@@ -20,6 +20,8 @@ from matplotlib import pyplot as plt
 
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#BBBBBB"
 """Of Okabe and Ito: told apart with any colour vision."""
+MOST_ACROSS = 5
+"""Panels beside each other."""
 CURVES = {
     "success": ("curves", "success"),
     "log_w_std": ("log_w_std", "spread of log W (sd, nats)"),
@@ -34,14 +36,14 @@ def draw(table: Table, block: Block, stem: Path) -> list[str]:
     Returns:
         Names of the files, all `<stem>_<block>*.png`.
     """
-    path, last = f"{stem}_{block.name}", table.columns[-1]
+    path, columns, last = f"{stem}_{block.name}", block.columns.replace("_", " "), table.columns[-1]
     names: list[str] = []
     if len(table.columns) > 1:
-        words = (f"{block.title}: final success against {block.columns}", block.columns, "success")
+        words = (f"{block.title}: final success against {columns}", columns, "success")
         names.append(_panels(table, partial(_draw_columns, table), words, f"{path}.png"))
     for key in CURVES if block.weights else ("success",):
         ending, name = CURVES[key]
-        words = (f"{block.title}: {name} at {block.columns} = {last}", "update", name)
+        words = (f"{block.title}: {name} at {columns} = {last}", "update", name)
         names.append(_panels(table, partial(_draw_curve, table, key), words, f"{path}_{ending}.png"))
     return names
 
@@ -51,7 +53,7 @@ def _panels(
 ) -> str:
     """One small panel a row of the table: the row in colour, all others in grey behind it."""
     labels = list(table.entries)
-    down = math.ceil(len(labels) / 4)
+    down = math.ceil(len(labels) / MOST_ACROSS)
     across = math.ceil(len(labels) / down)
     figure, grid = plt.subplots(
         down,

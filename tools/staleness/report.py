@@ -39,7 +39,7 @@ def markdown(table: Table, block: Block) -> list[str]:
     several = len(table.columns) > 1
     best = {column: table.among_best(column) for column in table.columns}
     heads = [
-        *(f"{block.columns} = {column}" for column in table.columns),
+        *(f"{_words(block)} = {column}" for column in table.columns),
         *(["last / first"] if several else []),
     ]
     (*_, rate) = table.rates
@@ -80,7 +80,7 @@ def _remarks(table: Table, block: Block, best: dict[Column, set[str]]) -> list[s
         for label, row in table.entries.items()
         if last in row and (collapsed := table.collapsed(label, last))
     ]
-    where = f"{block.columns} = {last}"
+    where = f"{_words(block)} = {last}"
     lines = [f"Collapsed at {where}: {', '.join(fallen) or 'nobody'}."]
     if "VESPO" in table.entries:
         behind = [column for column in table.entries["VESPO"] if "VESPO" not in best[column]]
@@ -97,8 +97,12 @@ def _behind(table: Table, block: Block, behind: list[Column]) -> str:
         better = [
             k for k, row in table.entries.items() if column in row and mean_final(row[column][1]) > ours
         ]
-        ahead[column] = f"at {block.columns} = {column} (a higher mean: {', '.join(better)})"
+        ahead[column] = f"at {_words(block)} = {column} (a higher mean: {', '.join(better)})"
     return f"not among the best {'; '.join(ahead.values())}"
+
+
+def _words(block: Block) -> str:
+    return block.columns.replace("_", " ")
 
 
 def _cost(results: Results, grid: Grid, block: Block) -> str:

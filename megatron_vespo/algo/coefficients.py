@@ -180,6 +180,7 @@ def m2po(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -> Ten
     return torch.where(counts_S, ratios.log_ratio_S.exp(), 0.0)
 
 
+@torch.no_grad()
 def coefficient(algorithm: AlgorithmConfig, ratios: Ratios, advantage_N: Tensor) -> Tensor:
     """The configured algorithm's coefficient times the engine's correction, [S], detached, in the dtype of `log_ratio_S`.
 
@@ -192,7 +193,7 @@ def coefficient(algorithm: AlgorithmConfig, ratios: Ratios, advantage_N: Tensor)
         c_S = c_S * correction(
             algorithm.correction, ratios.log_rho_S, ratios.log_rho_N / ratios.num_tokens_N, ratios.seq_S
         )
-    return c_S.detach().to(ratios.log_ratio_S.dtype)
+    return c_S.to(ratios.log_ratio_S.dtype)
 
 
 def _by_sign(pair: tuple[float, float], positive_N: Tensor) -> Tensor:

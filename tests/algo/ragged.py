@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vespo.algo.coefficients import Ratios, coefficient
 from megatron_vespo.algo.loss import policy_loss, token_weights
-from megatron_vespo.config import AlgorithmConfig, Aggregation
+from megatron_vespo.config import Aggregation, AlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class Ragged:
         return ratios([pi - mu for pi, mu in zip(self.log_pi, self.log_mu, strict=True)])
 
 
-def ratios(log_ratios: Sequence[Tensor], log_rhos: Sequence[Tensor] | None = None, noise: float = 0.0) -> Ratios:
+def ratios(
+    log_ratios: Sequence[Tensor], log_rhos: Sequence[Tensor] | None = None, noise: float = 0.0
+) -> Ratios:
     """Of sequences, each given by its tokens' log ratios."""
     lengths = torch.tensor([len(x) for x in log_ratios])
     rho_S = None if log_rhos is None else torch.cat(list(log_rhos))
@@ -91,7 +93,9 @@ def loss_and_gradient(
     """What the package trains with: the loss, and d loss / d log pi of the packed tokens."""
     logp_S = torch.cat(list(batch.log_pi)).requires_grad_()
     c_S = coefficient(algorithm, batch.ratios(), batch.advantage_B)
-    weight_B = torch.from_numpy(token_weights(batch.num_tokens, aggregation or algorithm.resolved_aggregation))
+    weight_B = torch.from_numpy(
+        token_weights(batch.num_tokens, aggregation or algorithm.resolved_aggregation)
+    )
     loss = policy_loss(logp_S, c_S, batch.advantage_B[batch.seq_S], weight_B[batch.seq_S])
     loss.backward()
     assert logp_S.grad is not None

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vespo.algo import kernel
@@ -94,6 +94,7 @@ def expected_w(log_w: np.ndarray, k: float, lam: float) -> float:
     return float((q * w).sum() / q.sum())
 
 
+@settings(deadline=None)
 @given(log_weights, st.floats(0.5, 4), st.floats(0.2, 3))
 def test_solved_lam_is_what_bisection_finds(log_w, k, budget):
     low, high = 0.1, 20.0
@@ -155,6 +156,7 @@ def ess(weight: np.ndarray) -> float:
     return float(weight.sum() ** 2 / (len(weight) * np.square(weight).sum()))
 
 
+@settings(deadline=None)
 @given(log_weights, st.floats(0.05, 0.95))
 def test_tempering_reaches_its_target_with_the_greatest_power(log_w, target):
     log_phi = kernel.log_phi(log_w, *NEGATIVE)
@@ -177,7 +179,9 @@ def test_weights_that_are_equal_enough_are_left_alone():
     assert kernel.tempered(f64(-5.0), 0.99) == 1.0  # one sequence has all of its own weight
 
 
-@pytest.mark.parametrize("log_phi", [[0.0, -math.inf, -math.inf], [-math.inf, -math.inf], [0.0, -1e300, -1e300]])
+@pytest.mark.parametrize(
+    "log_phi", [[0.0, -math.inf, -math.inf], [-math.inf, -math.inf], [0.0, -1e300, -1e300]]
+)
 def test_dead_sequences_stay_dead_however_much_is_asked_for(log_phi):
     s = kernel.tempered(f64(*log_phi), 0.9)
     assert s == 0.1

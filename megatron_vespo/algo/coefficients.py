@@ -63,7 +63,9 @@ def vespo(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -> Te
     if cfg.length_exponent:
         log_w_N = log_w_N / ratios.num_tokens_N**cfg.length_exponent
     positive_N = advantage_N >= 0
-    informs_N = (advantage_N != 0) & (ratios.num_tokens_N > 0)  # the others have no gradient that lam or s could be for
+    informs_N = (advantage_N != 0) & (
+        ratios.num_tokens_N > 0
+    )  # the others have no gradient that lam or s could be for
     lam = cfg.lam
     if cfg.budget is not None:
         lam = _solved_lam(log_w_N[informs_N], advantage_N[informs_N], algorithm)

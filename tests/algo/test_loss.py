@@ -99,7 +99,7 @@ def test_a_batch_without_tokens_is_refused():
         token_weights([0, 0], "token_mean")
 
 
-def test_the_penalty_is_the_divergence_in_expectation_and_has_the_stated_slope():
+def test_the_penalty_is_the_divergence_in_expectation_and_its_slope_that_of_the_other_direction():
     # pi = (3/4, 1/4), reference = (1/2, 1/2): E_pi[k3] = KL = .75 ln 1.5 + .25 ln .5 = 0.130812; slope 1 - reference / pi
     pi = f64(0.75, 0.25)
     logp, reference = pi.log().requires_grad_(), f64(0.5, 0.5).log().requires_grad_()
@@ -109,3 +109,12 @@ def test_the_penalty_is_the_divergence_in_expectation_and_has_the_stated_slope()
     assert (
         logp.grad is not None and logp.grad.tolist() == pytest.approx([1 / 3, -1]) and reference.grad is None
     )
+    logits = f64(0.3, -0.4).requires_grad_()
+    log_pi = logits.log_softmax(0)
+    (slope,) = torch.autograd.grad(
+        (log_pi.exp().detach() * kl_penalty(log_pi, reference)).sum(), logits, retain_graph=True
+    )
+    (expected,) = torch.autograd.grad(
+        (reference.exp().detach() * (reference.detach() - log_pi)).sum(), logits
+    )
+    torch.testing.assert_close(slope, expected)

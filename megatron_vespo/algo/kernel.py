@@ -46,7 +46,7 @@ def surrogate(w: Tensor, k: float, lam: float) -> Tensor:
     Because grad W = W grad log pi.  It saturates at exp(lam) Gamma(k) / lam^k.  For plots and tests, k > 0.
     """
     shape = torch.as_tensor(k, dtype=w.dtype)
-    return math.exp(lam + math.lgamma(k)) * lam**-k * torch.special.gammainc(shape, lam * w)
+    return math.exp(lam + math.lgamma(k)) * lam**-k * torch.igamma(shape, lam * w)
 
 
 def solved_lam(log_w_N: Tensor, k: float, budget: float) -> float:

@@ -63,9 +63,8 @@ def vespo(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -> Te
     if cfg.length_exponent:
         log_w_N = log_w_N / ratios.num_tokens_N**cfg.length_exponent
     positive_N = advantage_N >= 0
-    informs_N = (advantage_N != 0) & (
-        ratios.num_tokens_N > 0
-    )  # the others have no gradient that lam or s could be for
+    # Only what has a gradient is adapted to.
+    informs_N = (advantage_N != 0) & (ratios.num_tokens_N > 0)
     lam = cfg.lam
     if cfg.budget is not None:
         lam = _solved_lam(log_w_N[informs_N], advantage_N[informs_N], algorithm)
@@ -149,7 +148,8 @@ def bapo(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -> Ten
 
     While  P / |M| < min_positive  the lower bound is raised, then the upper one, in steps up to their last values, where
     P and M are the sums over all tokens of the update of  min(r, high) A  for A > 0 and  max(r, low) A  for A < 0.
-    Tokens count alike in both sums.  Must be given the whole update.
+    Tokens count alike in both sums.  M grows with the lower bound, so that this one always ends at its last value before the
+    upper one moves.  Must be given the whole update.
     """
     cfg = algorithm.bapo
     r_S, advantage_S = ratios.log_ratio_S.exp(), advantage_N[ratios.seq_S]

@@ -343,18 +343,19 @@ def published_gradient(name: str, batch: Ragged, aggregation: str) -> Tensor:
     return gradient[mask > 0]
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-3, 0.1, 0.5, 3.0, 10.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 0.1, 0.5, 5.0])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_gradient_is_that_of_the_published_objective(name, scale):
-    for seed in range(2):
-        batch = random_batch(seed, scale, num=20)
-        for aggregation in ("published", *AGGREGATES):
-            algorithm = AlgorithmConfig(name=name, aggregation=aggregation)
-            _, gradient = loss_and_gradient(algorithm, batch)
-            expected = published_gradient(
-                name, batch, PUBLISHED[name] if aggregation == "published" else aggregation
-            )
-            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-14)
+    batch = random_batch(METHODS.index(name), scale, num=24)
+    for aggregation in AGGREGATES:
+        _, gradient = loss_and_gradient(AlgorithmConfig(name=name, aggregation=aggregation), batch)
+        expected = published_gradient(name, batch, aggregation)
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-14)
+
+
+def test_the_default_aggregation_is_the_one_of_the_methods_authors():
+    assert {name: AlgorithmConfig(name=name).resolved_aggregation for name in METHODS} == PUBLISHED
+    assert AlgorithmConfig(name="gspo", aggregation="token_mean").resolved_aggregation == "token_mean"
 
 
 def test_the_random_batches_reach_every_case():
@@ -473,7 +474,7 @@ OPTIONS = [
 def test_what_depends_on_other_sequences_is_said_to_need_the_whole_update(options):
     algorithm = AlgorithmConfig.model_validate(options)
     differs = False
-    for seed in range(5):
+    for seed in range(2):
         batch = random_batch(seed, 0.4)
         log_ratio = [pi - mu for pi, mu in zip(batch.log_pi, batch.log_mu, strict=True)]
         log_rho = [0.05 * x.flip(0) for x in log_ratio]

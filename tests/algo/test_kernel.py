@@ -201,14 +201,14 @@ def test_effective_fraction_by_hand():
 def test_denoised_log_w_is_the_posterior_mean_of_the_drift(num_tokens, sigma2):
     random = np.random.default_rng(0)
     s = num_tokens * sigma2
-    drift = random.normal(size=2_000_000)
+    drift = random.normal(size=500_000)
     log_w = drift + random.normal(-s / 2, math.sqrt(s), size=len(drift))
     for quantile in (0.1, 0.5, 0.8):
         at = np.quantile(log_w, quantile)
-        near = np.abs(log_w - at) < 0.02
+        near = np.abs(log_w - at) < 0.05
         expected = kernel.denoised(f64(at), f64(num_tokens), sigma2).item()
         spread = drift[near].std() / math.sqrt(near.sum())
-        assert drift[near].mean() == pytest.approx(expected, abs=4 * spread + 0.02)
+        assert drift[near].mean() == pytest.approx(expected, abs=4 * spread + 0.005)
 
 
 def test_without_noise_log_w_is_left_alone_and_all_noise_is_left_uncorrected():

@@ -21,6 +21,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_vespo.algo.statistics import effective_fraction
+
 _LAM_RANGE = (0.1, 20.0)
 """Of a solved lam: below, phi is hardly bounded; above, hardly a sequence lives."""
 _LEAST_POWER = 0.1
@@ -91,22 +93,15 @@ def tempered(log_phi_N: Tensor, ess_target: float) -> float:
 
     Where even s = 0.1 keeps less, it is 0.1: so much data has died that no kernel should bring it back.
     """
+    log_phi = log_phi_N.cpu().numpy()
     low, high = _LEAST_POWER, 1.0
-    if effective_fraction(log_phi_N) >= ess_target:
+    if effective_fraction(log_phi) >= ess_target:
         return high
     for _ in range(60):
         middle = (low + high) / 2
-        reached = effective_fraction(middle * log_phi_N) >= ess_target
+        reached = effective_fraction(middle * log_phi) >= ess_target
         low, high = (middle, high) if reached else (low, middle)
     return low
-
-
-def effective_fraction(log_weight_N: Tensor) -> float:
-    """ESS / n = (sum w)^2 / (n sum w^2) of weights given by their logarithms, without overflow; 0 where all of them are 0."""
-    if torch.isneginf(log_weight_N).all():
-        return 0.0
-    total = 2 * torch.logsumexp(log_weight_N, 0) - torch.logsumexp(2 * log_weight_N, 0)
-    return math.exp(float(total)) / len(log_weight_N)
 
 
 def denoised(log_w_N: Tensor, num_tokens_N: Tensor, noise_variance: float) -> Tensor:

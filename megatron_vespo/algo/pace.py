@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_vespo.algo.mismatch import effective_sample_fraction
+from megatron_vespo.algo.statistics import effective_fraction, effective_fraction_of
 from megatron_vespo.config import AlgorithmConfig
 from megatron_vespo.types import Doubles
 
@@ -23,7 +23,7 @@ def rate_factor(algorithm: AlgorithmConfig, log_w_N: Doubles) -> float:
     """
     if not algorithm.ess_learning_rate or not len(log_w_N):
         return 1.0
-    return float(np.sqrt(effective_sample_fraction(log_w_N)))
+    return float(np.sqrt(effective_fraction(log_w_N)))
 
 
 def is_spent(algorithm: AlgorithmConfig, coefficient_N: Doubles) -> bool:
@@ -46,7 +46,4 @@ def is_spent(algorithm: AlgorithmConfig, coefficient_N: Doubles) -> bool:
 
 def living_weight(coefficient_N: Doubles) -> float:
     """min(mean c, ESS_c / n), 0 where every coefficient is 0."""
-    if not coefficient_N.any():
-        return 0.0
-    relative = coefficient_N / coefficient_N.max()  # squares neither over- nor underflow
-    return float(min(coefficient_N.mean(), relative.sum() ** 2 / (len(relative) * np.square(relative).sum())))
+    return min(float(coefficient_N.mean()), effective_fraction_of(coefficient_N))

@@ -188,12 +188,6 @@ def test_dead_sequences_stay_dead_however_much_is_asked_for(log_phi):
     assert (s * f64(*log_phi[1:])).exp().tolist() == [0.0] * (len(log_phi) - 1)
 
 
-def test_effective_fraction_by_hand():
-    # weights 1, 3: 16 / (2 * 10); a common factor of exp(-2000) must not matter
-    assert kernel.effective_fraction(f64(-2000, -2000 + math.log(3))) == pytest.approx(0.8)
-    assert kernel.effective_fraction(f64(-math.inf, -math.inf)) == 0.0
-
-
 # ---- log W without the engine's noise
 
 

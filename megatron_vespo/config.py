@@ -375,6 +375,8 @@ class EvaluationConfig(_Section):
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(gt=0, lt=1)]
+AtLeastOne = Annotated[float, Field(ge=1)]
+AboveOne = Annotated[float, Field(gt=1)]
 
 
 class VespoConfig(_Section):
@@ -386,10 +388,11 @@ class VespoConfig(_Section):
     length_exponent: Fraction = 0.0
     """The kernel takes log W / T^e: 0 is the paper's W, 0.5 and 1 its two ablations."""
     budget: PositiveFloat | None = None
-    """C: lam is solved anew for every update and sign, so that E_Q[W] <= C (algo/kernel.py); costs a forward pass."""
+    """C: lam is solved anew for every update and sign, so that E_Q[W] <= C (algo/kernel.py), in place of `lam`; costs a forward
+    pass."""
     ess_target: BelowOne | None = None
-    """phi^s with the greatest s <= 1 for which the effective sample size of the update is this share of its sequences; costs
-    a forward pass."""
+    """phi^s with the greatest s in [0.1, 1] for which the effective sample size of the update is this share of its sequences;
+    costs a forward pass."""
     noise_aware: bool = False
     """Take the engine's own noise, measured on the canary, out of log W before the kernel sees it (reference = "behavior")."""
 
@@ -407,7 +410,7 @@ class GrpoConfig(_Section):
 
     clip: tuple[BelowOne, PositiveFloat] = (0.2, 0.28)
     """The ratio counts from 1 - clip[0] where A < 0, and up to 1 + clip[1] where A > 0."""
-    dual_clip: Annotated[float, Field(gt=1)] = 3.0
+    dual_clip: AboveOne = 3.0
     """Where A < 0 the ratio counts up to here; a great number switches it off."""
 
 
@@ -428,33 +431,42 @@ class SapoConfig(_Section):
 class CispoConfig(_Section):
     """Token ratio, truncated."""
 
-    max_ratio: PositiveFloat = 1.28
+    max_ratio: AtLeastOne = 1.28
     """MiniMax-M1 names no value; DAPO's clip-higher is meant here, ScaleRL uses 4 to 6."""
 
 
 class TisConfig(_Section):
     """Whole-sequence W, truncated."""
 
-    max_weight: PositiveFloat = 2.0
+    max_weight: AtLeastOne = 2.0
 
 
 class MisConfig(_Section):
     """Whole-sequence W within a band, else nothing."""
 
-    band: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
+    band: tuple[BelowOne, AboveOne] = (0.5, 2.0)
 
 
 class BapoConfig(_Section):
     """GRPO's surrogate with bounds that move until positive samples have their share (values of the released script)."""
 
-    low: tuple[PositiveFloat, PositiveFloat] = (0.8, 0.95)
+    low: tuple[BelowOne, BelowOne] = (0.8, 0.95)
     """First and last lower bound of the ratio."""
-    high: tuple[PositiveFloat, PositiveFloat] = (1.2, 2.0)
+    high: tuple[AboveOne, AboveOne] = (1.2, 2.0)
     """First and last upper bound."""
     step: PositiveFloat = 0.05
     min_positive: PositiveFloat = 0.5
     """Least quotient of the surrogates of positive and negative samples; raising the lower bound is tried first."""
-    dual_clip: Annotated[float, Field(gt=1)] = 3.0
+    dual_clip: AboveOne = 3.0
+
+    @model_validator(mode="after")
+    def _bounds_open(self) -> BapoConfig:
+        for name, (first, last) in (("low", self.low), ("high", self.high)):
+            if first > last:
+                raise ValueError(
+                    f"{name} = {[first, last]}: expected (first, last), because the bound is raised from one to the other; swap them"
+                )
+        return self
 
 
 class M2poConfig(_Section):
@@ -470,7 +482,7 @@ class CorrectionConfig(_Section):
     kind: Literal["none", "token_tis", "icepop", "sequence_mask"] = "none"
     """"token_tis": rho truncated; "icepop": rho within the band, else 0; "sequence_mask": rho, 0 for the whole sequence where
     its geometric mean leaves the band."""
-    band: tuple[NotNegative, PositiveFloat] | None = None
+    band: tuple[Annotated[float, Field(ge=0, lt=1)], AboveOne] | None = None
     """Default, as published: (0, 2) for token_tis, (0.5, 5) for icepop, (0.999, 1.002) for sequence_mask."""
 
     @model_validator(mode="after")
@@ -479,8 +491,6 @@ class CorrectionConfig(_Section):
             raise ValueError(
                 f"band = {self.band}: bounds a correction, and kind = 'none'; choose one, or take band out"
             )
-        if self.band is not None and self.band[0] >= self.band[1]:
-            raise ValueError(f"band = {self.band}: expected (low, high) with low < high; mend it")
         return self
 
 
@@ -563,6 +573,11 @@ class AlgorithmConfig(_Section):
             raise ValueError(
                 f"correction.kind = '{self.correction.kind}': with reference = 'behavior' the ratios contain the engine's part "
                 "already, and it would count twice; set reference = 'proximal', or kind = 'none'"
+            )
+        if self.name == "reinforce" and self.reference == "proximal" and self.correction.kind == "none":
+            raise ValueError(
+                "reference = 'proximal': costs a forward pass, and name = 'reinforce' without a correction looks at no ratio; choose "
+                "a correction, or take reference out"
             )
         if self.vespo.noise_aware and self.reference == "proximal":
             raise ValueError(

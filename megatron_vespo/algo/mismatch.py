@@ -40,12 +40,6 @@ def sequence_nats(logp_B: Sequence[Floats], reference_B: Sequence[Floats]) -> Do
     ])  # fmt: skip
 
 
-def effective_sample_fraction(log_w_B: Doubles) -> float:
-    """ESS / B = (sum W)^2 / (B sum W^2), in (0, 1]; computed from log W without overflow."""
-    w = np.exp(log_w_B - np.max(log_w_B))
-    return float(w.sum() ** 2 / (len(w) * np.square(w).sum()))
-
-
 def expert_overlap(experts_RLK: Experts, reference_RLK: Experts) -> Doubles:
     """[R, L] share of a token's experts that both engines chose, whatever their order.
 

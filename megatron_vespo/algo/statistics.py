@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from megatron_vespo.algo.mismatch import effective_sample_fraction
 from megatron_vespo.types import Doubles, Ints
 
 HISTOGRAM_EDGES = np.arange(-8.0, 8.01, 0.25)
@@ -23,6 +22,25 @@ DEAD = 0.01
 _NUM_TOP = 8
 
 Statistics = dict[str, float | list[float] | list[int]]
+
+
+def effective_fraction(log_weight_N: Doubles) -> float:
+    """ESS / n = (sum w)^2 / (n sum w^2) of weights given by their logarithms, without overflow.
+
+    Returns:
+        From 1 / n to 1; 0 where every weight is 0.
+    """
+    largest = log_weight_N.max()
+    if largest == -np.inf:
+        return 0.0
+    w = np.exp(log_weight_N - largest)
+    return float(w.sum() ** 2 / (len(w) * np.square(w).sum()))
+
+
+def effective_fraction_of(weight_N: Doubles) -> float:
+    """The same of weights >= 0 themselves."""
+    with np.errstate(divide="ignore"):  # log 0
+        return effective_fraction(np.log(weight_N))
 
 
 def weight_statistics(
@@ -64,8 +82,8 @@ def weight_statistics(
     descending = np.argsort(-size, kind="stable")
     total = size.sum()
     return statistics | {
-        "ess_fraction": effective_sample_fraction(log_w),
-        "ess_phi_fraction": float(c.sum() ** 2 / (len(c) * np.square(c).sum())) if c.any() else 0.0,
+        "ess_fraction": effective_fraction(log_w),
+        "ess_phi_fraction": effective_fraction_of(c),
         "dead_fraction": float((c < DEAD).mean()),
         "net_advantage": float(pull.sum() / total) if total else 0.0,
         "top1pct_share": float(size[descending[: -(-len(c) // 100)]].sum() / total) if total else 0.0,

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from megatron_vespo.algo.statistics import HISTOGRAM_EDGES, by_lag, weight_statistics
+from megatron_vespo.algo.statistics import (
+    HISTOGRAM_EDGES,
+    by_lag,
+    effective_fraction,
+    effective_fraction_of,
+    weight_statistics,
+)
 
 
 def test_a_few_sequences_by_hand():
@@ -47,6 +53,15 @@ def test_dead_and_enormous_weights_are_finite_numbers():
 
 def test_without_any_advantage_there_is_nothing_to_tell():
     assert weight_statistics(np.zeros(3), np.ones(3), np.zeros(3), np.ones(3)) == {}
+
+
+def test_the_effective_sample_size_is_one_for_equal_weights_and_one_over_n_for_one_survivor():
+    assert effective_fraction(np.array([5.0, 5.0, 5.0])) == pytest.approx(1.0)
+    assert effective_fraction(np.array([900.0, 0.0, 0.0, 0.0])) == pytest.approx(0.25)
+    # weights 1 and 3: 16 / (2 * 10)
+    assert effective_fraction(np.array([-2000.0, -2000 + np.log(3)])) == pytest.approx(0.8)
+    assert effective_fraction_of(np.array([1e-200, 3e-200])) == pytest.approx(0.8)
+    assert effective_fraction(np.full(2, -np.inf)) == effective_fraction_of(np.zeros(3)) == 0
 
 
 def test_lags_are_told_apart():

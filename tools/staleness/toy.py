@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from megatron_vespo.algo.advantages import batch_normalised, group_advantages, zero_mean
 from megatron_vespo.algo.coefficients import Ratios, coefficient
 from megatron_vespo.algo.loss import policy_loss, token_weights
-from megatron_vespo.algo.mismatch import effective_sample_fraction
 from megatron_vespo.algo.pace import is_spent, rate_factor
+from megatron_vespo.algo.statistics import effective_fraction
 from megatron_vespo.config import AlgorithmConfig, ConfigError
 
 ALPHABET = 16
@@ -433,7 +433,7 @@ class Training:
             statistics = {
                 "log_w_mean": log_w_B.mean().item(),
                 "log_w_std": log_w_B.std().item(),
-                "ess": effective_sample_fraction(log_w_B.numpy()),
+                "ess": effective_fraction(log_w_B.numpy()),
             }
             if len(living):
                 statistics["phi_mean"] = living.mean().item()
@@ -460,8 +460,9 @@ class Training:
             advantage_B = torch.from_numpy(zero_mean(advantage_B.numpy(), coefficient_B.numpy(), group))
         weight_B = token_weights(length_B.tolist(), self.algorithm.resolved_aggregation)
         loss = policy_loss(logp_S, c_S, advantage_B.float()[seq_S], torch.from_numpy(weight_B).float()[seq_S])
-        self.step(loss, rate_factor(self.algorithm, ratios.log_w_N.numpy()))
-        return ratios.log_w_N, coefficient_B[batch.advantage_B[share] != 0]
+        has_signal_B = batch.advantage_B[share] != 0
+        self.step(loss, rate_factor(self.algorithm, ratios.log_w_N[has_signal_B].numpy()))
+        return ratios.log_w_N, coefficient_B[has_signal_B]
 
     def step(self, loss: Tensor, rate_factor: float) -> None:
         self.optimizer.zero_grad()

@@ -43,7 +43,7 @@ def markdown(table: Table, block: Block) -> list[str]:
         *(["last / first"] if several else []),
     ]
     (*_, rate) = table.rates
-    same = f": {rate:g}" if len(table.rates) == 1 and rate is not None else ""
+    same = f" (learning rate {rate:g})" if len(table.rates) == 1 and rate is not None else ""
     lines = [f"{table.caption}{same}.", "", f"| | {' | '.join(heads)} |", f"|---{'|---:' * len(heads)}|"]
     for label, row in table.entries.items():
         texts = [_entry(table, label, column, label in best[column]) for column in table.columns]

@@ -394,7 +394,8 @@ class VespoConfig(_Section):
     """phi^s with the greatest s in [0.1, 1] for which the effective sample size of the update is this share of its sequences;
     costs a forward pass."""
     noise_aware: bool = False
-    """Take the engine's own noise, measured on the canary, out of log W before the kernel sees it (reference = "behavior")."""
+    """Take the engine's own noise out of log W before the kernel sees it (reference = "behavior"); it is measured on each batch
+    that both engines score, and on the canary before the first."""
 
     @model_validator(mode="after")
     def _one_thing_is_adapted(self) -> VespoConfig:
@@ -548,6 +549,11 @@ class AlgorithmConfig(_Section):
         return published.get(self.name, "token_mean")
 
     @property
+    def needs_start(self) -> bool:
+        """Whether a batch is scored under the weights of its start even where it has one update."""
+        return self.needs_whole_update or self.reference == "proximal"
+
+    @property
     def needs_whole_update(self) -> bool:
         """Whether a coefficient depends on the other sequences of the update: they are surveyed by a forward pass of their own."""
         adapts = self.name == "vespo" and (self.vespo.budget or self.vespo.ess_target)
@@ -574,11 +580,17 @@ class AlgorithmConfig(_Section):
                 f"correction.kind = '{self.correction.kind}': with reference = 'behavior' the ratios contain the engine's part "
                 "already, and it would count twice; set reference = 'proximal', or kind = 'none'"
             )
-        if self.name == "reinforce" and self.reference == "proximal" and self.correction.kind == "none":
-            raise ValueError(
-                "reference = 'proximal': costs a forward pass, and name = 'reinforce' without a correction looks at no ratio; choose "
-                "a correction, or take reference out"
-            )
+        if self.name == "reinforce" and self.correction.kind == "none":
+            for field, value, unused in (
+                ("reference", self.reference, self.reference == "proximal"),
+                ("zero_mean", self.zero_mean, self.zero_mean),
+                ("min_living_weight", self.min_living_weight, self.min_living_weight > 0),
+            ):
+                if unused:
+                    raise ValueError(
+                        f"{field} = {value!r}: changes nothing with name = 'reinforce' without a correction, whose coefficient is 1 "
+                        "whatever the ratios are; take it out"
+                    )
         if self.vespo.noise_aware and self.reference == "proximal":
             raise ValueError(
                 "vespo.noise_aware = true: takes the engine's noise out of W, and with reference = 'proximal' there is none in it; "
@@ -673,6 +685,20 @@ class TrainConfig(_RunConfig):
             raise ValueError(
                 f"loop.updates_per_batch = {self.loop.updates_per_batch}: must divide loop.prompts_per_step = "
                 f"{self.loop.prompts_per_step}, because each update takes an equal share of the groups; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ratios_are_not_all_1(self) -> TrainConfig:
+        algorithm = self.algorithm
+        if algorithm.reference == "behavior" or self.loop.updates_per_batch > 1:
+            return self
+        adapts = algorithm.ess_learning_rate or algorithm.vespo.budget or algorithm.vespo.ess_target
+        if algorithm.correction.kind == "none" or adapts:
+            raise ValueError(
+                "algorithm.reference = 'proximal': with loop.updates_per_batch = 1 the weights are still those of the start of the "
+                "batch, and every ratio is 1: no method and no option that looks at W does anything; raise updates_per_batch, leave a "
+                "correction alone, or set reference = 'behavior'"
             )
         return self
 

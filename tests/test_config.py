@@ -107,7 +107,12 @@ def test_a_missing_field_is_named(tmp_path):
             ["algorithm.vespo.noise_aware=true", "algorithm.reference=proximal"],
             "with reference = 'proximal' there is none in it",
         ),
-        (["algorithm.name=reinforce", "algorithm.reference=proximal"], "looks at no ratio"),
+        (
+            ["algorithm.name=reinforce", "algorithm.reference=proximal"],
+            "changes nothing with name = 'reinforce'",
+        ),
+        (["algorithm.name=reinforce", "algorithm.zero_mean=true"], "zero_mean = True: changes nothing"),
+        (["algorithm.reference=proximal"], "every ratio is 1"),
         (
             ["algorithm.name=bapo", "algorithm.bapo.low=[0.9, 0.8]"],
             "low = [0.9, 0.8]: expected (first, last)",

@@ -13,7 +13,6 @@ Shape key:  S response tokens, N sequences: of one microbatch, or of a whole upd
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,9 +81,10 @@ def reinforce(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -
 def importance_sampling(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -> Tensor:
     """c = W: the gradient of E_mu[W A], unbiased, of unbounded variance.
 
-    W ends at the largest float64, because a sequence without advantage has none to multiply infinity with.
+    W ends at exp(600): a sequence without advantage has nothing to multiply infinity with, and sums over its tokens must be
+    finite.
     """
-    return ratios.log_w_N.exp().nan_to_num(nan=math.nan)[ratios.seq_S]
+    return ratios.log_w_N.clamp(max=600).exp()[ratios.seq_S]
 
 
 def seq_tis(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -> Tensor:

@@ -19,7 +19,7 @@ from megatron_vespo.types import Doubles, Experts, Floats
 def token_gap(logp_S: Floats, reference_S: Floats) -> dict[str, float]:
     """Token-level statistics of d = logp - reference.
 
-    k1 = -mean d      k3 = mean(exp(d) - 1 - d) >= 0      abs_mean, abs_p99, abs_max of |d|
+    k1 = -mean d      k3 = mean(exp(d) - 1 - d) >= 0      abs_mean, abs_p99, abs_max of |d|      square_mean = mean d^2
     """
     d = logp_S.astype(np.float64) - reference_S.astype(np.float64)
     size = np.abs(d)
@@ -29,6 +29,7 @@ def token_gap(logp_S: Floats, reference_S: Floats) -> dict[str, float]:
         "abs_mean_nats": float(size.mean()),
         "abs_p99_nats": float(np.quantile(size, 0.99)),
         "abs_max_nats": float(size.max()),
+        "square_mean_nats2": float(np.square(d).mean()),
     }
 
 

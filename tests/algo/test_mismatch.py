@@ -18,7 +18,7 @@ def test_token_gap_by_hand():
     gap = token_gap(f32(-0.5, -1.5), f32(-1.0, -1.0))
     assert gap["k1_nats"] == 0
     assert gap["k3_nats"] == pytest.approx(0.127626, abs=1e-6)
-    assert gap["abs_mean_nats"] == gap["abs_max_nats"] == 0.5
+    assert gap["abs_mean_nats"] == gap["abs_max_nats"] == 0.5 and gap["square_mean_nats2"] == 0.25
 
 
 def test_k3_estimates_the_divergence_from_the_sampling_distribution():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_vespo.algo.coefficients import COEFFICIENTS, Ratios, coefficient
+from megatron_vespo.algo.kernel import solved_lam
 from megatron_vespo.config import AlgorithmConfig, CorrectionConfig, VespoConfig
 from tests.trainer.tiny import largest_gap, trained, trainer_config
 
@@ -93,6 +94,27 @@ def test_the_layout_changes_nothing(pool, tiny_moe, batch, algorithm):
         assert step.loss == pytest.approx(alone.loss, rel=1e-4)
         assert step.grad_norm == pytest.approx(alone.grad_norm, rel=1e-4)
         assert largest_gap(same, weights) < 1e-6
+
+
+def test_a_survey_repeats_the_expert_choices_that_are_trained_with(pool, tiny_moe, batch):
+    cfg = trainer_config(**PIPED).model_copy(update={"router_replay": "trainer"})
+    step = pool.grid(cfg, tiny_moe, algorithm=BUDGET, updates_per_batch=3).step(batch)
+    for share in (
+        slice(0, 2),
+        slice(2, 4),
+        slice(4, 6),
+    ):  # each update solved for its own lam, at its own log W
+        k, budget = np.array([2.0, 3.0]), BUDGET.vespo.budget
+        lam = [
+            solved_lam(torch.tensor([w]), power, budget)
+            for w, power in zip(step.log_w[share], k, strict=True)
+        ]
+        np.testing.assert_allclose(
+            step.coefficient[share],
+            np.exp(k * step.log_w[share] - lam * np.expm1(step.log_w[share])),
+            rtol=1e-5,
+        )
+    assert np.abs(step.log_w[2:]).min() > 1e-6
 
 
 def test_zero_mean_advantages_are_trained_on(pool, tiny_moe, batch):

@@ -19,11 +19,10 @@ def rate_factor(algorithm: AlgorithmConfig, log_w_N: Doubles) -> float:
     the square root keeps the noise that an update adds to the weights as it is on-policy.
 
     Args:
-        log_w_N: of the sequences that have an advantage; none of them is no reason to slow down.
+        log_w_N: of all sequences of the update: those without an advantage show the drift too, and without them the few others
+            look better than they are (measured, docs/staleness.md).
     """
-    if not algorithm.ess_learning_rate or not len(log_w_N):
-        return 1.0
-    return float(np.sqrt(effective_fraction(log_w_N)))
+    return float(np.sqrt(effective_fraction(log_w_N))) if algorithm.ess_learning_rate else 1.0
 
 
 def is_spent(algorithm: AlgorithmConfig, coefficient_N: Doubles) -> bool:

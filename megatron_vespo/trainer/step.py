@@ -173,13 +173,14 @@ class TrainerRank:
             with phases("forward_backward"):
                 self._optimizer.zero_grad()
                 outcome = self._runner.run(work, mode, step_number=step_number)
-            log_w, c = self._weights(work, outcome)
+            factor = rate_factor(self._algorithm, outcome.log_w[work.share])
             with phases("optimizer"):
-                norm, rate = self._optimizer.update(self._num_updates, rate_factor(self._algorithm, log_w))
+                norm, rate = self._optimizer.update(self._num_updates, factor)
             self._num_updates += 1
             outcomes.append(outcome)
             updates.append(self._update(work, outcome, norm, rate))
-            self._between_updates = i + 1 < len(works) and not is_spent(self._algorithm, c)
+            spent = is_spent(self._algorithm, self._coefficients(work, outcome))
+            self._between_updates = i + 1 < len(works) and not spent
             if not self._between_updates:
                 break
         self._num_steps += 1
@@ -223,12 +224,11 @@ class TrainerRank:
         mode = Mode(train=False, **self._replay(before))
         return self._runner.run(work, mode, step_number=step_number)
 
-    def _weights(self, work: Work, outcome: Outcome) -> tuple[Doubles, Doubles]:
-        """log W, and the mean coefficient of the trained tokens, of the update's sequences that have an advantage."""
-        share = work.sequences[work.share]
-        has_signal = np.array([s.advantage != 0 for s in share])
-        num_tokens = np.array([s.num_trained_tokens for s in share])[has_signal]
-        return outcome.log_w[work.share][has_signal], outcome.coefficient[work.share][has_signal] / num_tokens
+    def _coefficients(self, work: Work, outcome: Outcome) -> Doubles:
+        """Mean over the trained tokens, of the update's sequences that have an advantage."""
+        num_tokens = np.array([s.num_trained_tokens for s in work.sequences[work.share]])
+        has_signal = np.array([s.advantage != 0 for s in work.sequences[work.share]])
+        return (outcome.coefficient[work.share] / num_tokens)[has_signal]
 
     def score(self, sequences: Sequence[TrainSequence], *, capture_experts: bool = True) -> RankOutput:
         """Log-probs, entropies and experts of given sequences under the current weights; no gradient.

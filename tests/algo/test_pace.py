@@ -21,10 +21,6 @@ def test_the_rate_is_whole_on_policy_and_never_zero(name):
     assert rate_factor(algorithm, np.array([1e4, -1e4, 0, 0])) == 0.5  # one of four
 
 
-def test_an_update_without_signal_has_its_whole_rate():
-    assert rate_factor(AlgorithmConfig(ess_learning_rate=True), np.zeros(0)) == 1.0
-
-
 def test_living_weight_is_the_smaller_of_mean_and_effective_share():
     assert living_weight(np.array([0.5, 0.5, 0.5])) == 0.5  # all alike: the mean
     assert living_weight(np.array([1.2, 0.0, 0.0])) == pytest.approx(

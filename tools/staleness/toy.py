@@ -460,9 +460,8 @@ class Training:
             advantage_B = torch.from_numpy(zero_mean(advantage_B.numpy(), coefficient_B.numpy(), group))
         weight_B = token_weights(length_B.tolist(), self.algorithm.resolved_aggregation)
         loss = policy_loss(logp_S, c_S, advantage_B.float()[seq_S], torch.from_numpy(weight_B).float()[seq_S])
-        has_signal_B = batch.advantage_B[share] != 0
-        self.step(loss, rate_factor(self.algorithm, ratios.log_w_N[has_signal_B].numpy()))
-        return ratios.log_w_N, coefficient_B[has_signal_B]
+        self.step(loss, rate_factor(self.algorithm, ratios.log_w_N.numpy()))
+        return ratios.log_w_N, coefficient_B[batch.advantage_B[share] != 0]
 
     def step(self, loss: Tensor, rate_factor: float) -> None:
         self.optimizer.zero_grad()

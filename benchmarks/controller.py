@@ -166,7 +166,7 @@ class TimedTrainer(LabellingTrainer):
 
     cpu_s = 0.0
 
-    async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
+    async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
         used = time.process_time()
         output = await super().step(sequences)
         self.cpu_s += time.process_time() - used

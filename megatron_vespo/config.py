@@ -373,31 +373,201 @@ class EvaluationConfig(_Section):
     """Whether training waits for an evaluation, which is then of one version; else it goes on, and the versions are reported."""
 
 
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(gt=0, lt=1)]
+
+
 class VespoConfig(_Section):
-    """phi(W) = W^k exp(lam (1 - W)); pairs are (A >= 0, A < 0)."""
+    """phi(W) = W^k exp(lam (1 - W)); pairs are (A >= 0, A < 0).  What follows `lam` is beyond the paper, and off."""
 
     k: tuple[NotNegative, NotNegative] = (2.0, 3.0)
     lam: tuple[PositiveFloat, PositiveFloat] = (3.0, 2.0)
-    """Above 0, or phi would not be bounded."""
+    """Above 0, or phi would not be bounded.  k = lam + 1 is the family that is unbiased to first order."""
+    length_exponent: Fraction = 0.0
+    """The kernel takes log W / T^e: 0 is the paper's W, 0.5 and 1 its two ablations."""
+    budget: PositiveFloat | None = None
+    """C: lam is solved anew for every update and sign, so that E_Q[W] <= C (algo/kernel.py); costs a forward pass."""
+    ess_target: BelowOne | None = None
+    """phi^s with the greatest s <= 1 for which the effective sample size of the update is this share of its sequences; costs
+    a forward pass."""
+    noise_aware: bool = False
+    """Take the engine's own noise, measured on the canary, out of log W before the kernel sees it (reference = "behavior")."""
+
+    @model_validator(mode="after")
+    def _one_thing_is_adapted(self) -> VespoConfig:
+        if self.budget is not None and self.ess_target is not None:
+            raise ValueError(
+                f"ess_target = {self.ess_target:g}: tempers the kernel whose lam budget = {self.budget:g} solves for; choose one"
+            )
+        return self
+
+
+class GrpoConfig(_Section):
+    """Token ratio with clip-higher (DAPO's values) and dual clip."""
+
+    clip: tuple[BelowOne, PositiveFloat] = (0.2, 0.28)
+    """The ratio counts from 1 - clip[0] where A < 0, and up to 1 + clip[1] where A > 0."""
+    dual_clip: Annotated[float, Field(gt=1)] = 3.0
+    """Where A < 0 the ratio counts up to here; a great number switches it off."""
+
+
+class GspoConfig(_Section):
+    """Geometric mean of the token ratios, clipped."""
+
+    clip: tuple[BelowOne, PositiveFloat] = (3e-4, 4e-4)
+    """Of W^(1/T): meant for T of thousands of tokens."""
+
+
+class SapoConfig(_Section):
+    """Sigmoid gate on the token ratio."""
+
+    tau: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.05)
+    """Sharpness of the gate for (A > 0, A <= 0)."""
+
+
+class CispoConfig(_Section):
+    """Token ratio, truncated."""
+
+    max_ratio: PositiveFloat = 1.28
+    """MiniMax-M1 names no value; DAPO's clip-higher is meant here, ScaleRL uses 4 to 6."""
+
+
+class TisConfig(_Section):
+    """Whole-sequence W, truncated."""
+
+    max_weight: PositiveFloat = 2.0
+
+
+class MisConfig(_Section):
+    """Whole-sequence W within a band, else nothing."""
+
+    band: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
+
+
+class BapoConfig(_Section):
+    """GRPO's surrogate with bounds that move until positive samples have their share (values of the released script)."""
+
+    low: tuple[PositiveFloat, PositiveFloat] = (0.8, 0.95)
+    """First and last lower bound of the ratio."""
+    high: tuple[PositiveFloat, PositiveFloat] = (1.2, 2.0)
+    """First and last upper bound."""
+    step: PositiveFloat = 0.05
+    min_positive: PositiveFloat = 0.5
+    """Least quotient of the surrogates of positive and negative samples; raising the lower bound is tried first."""
+    dual_clip: Annotated[float, Field(gt=1)] = 3.0
+
+
+class M2poConfig(_Section):
+    """Token ratio, where the second moment of log ratios allows it."""
+
+    max_second_moment: PositiveFloat = 0.04
+    """tau: the tokens with the largest |log r| are masked until the mean of (log r)^2 over the others is at most this."""
+
+
+class CorrectionConfig(_Section):
+    """A bounded factor for the engine's part of the gap, rho_t = pi_start(y_t) / mu(y_t), token by token (reference = "proximal")."""
+
+    kind: Literal["none", "token_tis", "icepop", "sequence_mask"] = "none"
+    """"token_tis": rho truncated; "icepop": rho within the band, else 0; "sequence_mask": rho, 0 for the whole sequence where
+    its geometric mean leaves the band."""
+    band: tuple[NotNegative, PositiveFloat] | None = None
+    """Default, as published: (0, 2) for token_tis, (0.5, 5) for icepop, (0.999, 1.002) for sequence_mask."""
+
+    @model_validator(mode="after")
+    def _band_is_used(self) -> CorrectionConfig:
+        if self.band is not None and self.kind == "none":
+            raise ValueError(
+                f"band = {self.band}: bounds a correction, and kind = 'none'; choose one, or take band out"
+            )
+        if self.band is not None and self.band[0] >= self.band[1]:
+            raise ValueError(f"band = {self.band}: expected (low, high) with low < high; mend it")
+        return self
+
+
+Method = Literal[
+    "vespo", "reinforce", "importance_sampling", "grpo", "gspo", "sapo", "cispo", "topr", "bapo", "m2po", "seq_tis", "seq_mis"
+]  # fmt: skip
+Aggregation = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean"]
 
 
 class AlgorithmConfig(_Section):
-    name: Literal["vespo", "reinforce"] = "vespo"
-    """"reinforce" is coefficient 1: no correction for off-policy data."""
-    advantage_scale: Literal["std", "none"] = "std"
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """The global denominator: response tokens, or sequences, of the whole update."""
+    """How off-policy samples are weighted (algo/coefficients.py has the formulas); defaults are the published ones."""
+
+    name: Method = "vespo"
+    """"reinforce" is coefficient 1: no correction for off-policy data; "importance_sampling" is W itself."""
     vespo: VespoConfig = VespoConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    gspo: GspoConfig = GspoConfig()
+    sapo: SapoConfig = SapoConfig()
+    cispo: CispoConfig = CispoConfig()
+    bapo: BapoConfig = BapoConfig()
+    m2po: M2poConfig = M2poConfig()
+    seq_tis: TisConfig = TisConfig()
+    seq_mis: MisConfig = MisConfig()
+    reference: Literal["behavior", "proximal"] = "behavior"
+    """Below pi in every ratio: what the engine reported when it sampled; or the trainer's own weights at the start of the
+    batch, which costs a forward pass and leaves the engine's part to `correction`."""
+    correction: CorrectionConfig = CorrectionConfig()
+    aggregation: Literal["published", "token_mean", "seq_mean_token_sum", "seq_mean_token_mean"] = "published"
+    """What one update averages over, with one global denominator; "published" is what the method's authors use."""
+    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What is subtracted from a reward: the mean of its group, or of the others in it."""
+    advantage_scale: Literal["std", "batch_std", "none"] = "std"
+    """Divided by: the deviation within the group, that of the whole batch, or nothing (the paper's eq. 20; its code uses std)."""
+    zero_mean: bool = False
+    """Beyond the paper: shift the advantages of each group so that coefficient * advantage sums to 0; costs a forward pass."""
+    ess_learning_rate: bool = False
+    """Beyond the paper: multiply the learning rate by sqrt(ESS / n) of the update's W."""
+    min_living_weight: Fraction = 0.0
+    """Beyond the paper: leave the rest of a batch untrained once the mean coefficient, or its effective sample size, of an update
+    falls below this; 0: never."""
     kl_coeff: NotNegative = 0.0
-    """Weight of the penalty KL(pi || reference) on the response tokens; 0: no reference is loaded."""
-    reference: Path | None = None
-    """Hugging Face directory of the reference; default: the model that the run starts from."""
+    """Weight of the penalty KL(pi || kl_reference) on the response tokens; 0: no such model is loaded."""
+    kl_reference: Path | None = None
+    """Hugging Face directory of the penalty's model; default: the model that the run starts from."""
+
+    @property
+    def resolved_aggregation(self) -> Aggregation:
+        if self.aggregation != "published":
+            return self.aggregation
+        published: dict[str, Aggregation] = {
+            "gspo": "seq_mean_token_mean",
+            "sapo": "seq_mean_token_mean",
+            "topr": "seq_mean_token_sum",
+        }
+        return published.get(self.name, "token_mean")
+
+    @property
+    def needs_whole_update(self) -> bool:
+        """Whether a coefficient depends on the other sequences of the update: they are surveyed by a forward pass of their own."""
+        adapts = self.name == "vespo" and (self.vespo.budget or self.vespo.ess_target)
+        return bool(adapts) or self.name in ("bapo", "m2po") or self.zero_mean
 
     @model_validator(mode="after")
-    def _reference_is_used(self) -> AlgorithmConfig:
-        if self.reference and not self.kl_coeff:
+    def _sections_are_used(self) -> AlgorithmConfig:
+        methods = set(get_args(Method)) & set(type(self).model_fields)
+        for section in sorted(methods & self.model_fields_set - {self.name}):
+            if getattr(self, section) != type(self).model_fields[section].default:
+                raise ValueError(
+                    f"{section} = ...: is not used with name = '{self.name}'; set name = '{section}', or take the section out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_fits(self) -> AlgorithmConfig:
+        if self.kl_reference and not self.kl_coeff:
             raise ValueError(
-                f"reference = '{self.reference}': is not used with kl_coeff = 0; set that above 0, or take reference out"
+                f"kl_reference = '{self.kl_reference}': is not used with kl_coeff = 0; set that above 0, or take kl_reference out"
+            )
+        if self.correction.kind != "none" and self.reference == "behavior":
+            raise ValueError(
+                f"correction.kind = '{self.correction.kind}': with reference = 'behavior' the ratios contain the engine's part "
+                "already, and it would count twice; set reference = 'proximal', or kind = 'none'"
+            )
+        if self.vespo.noise_aware and self.reference == "proximal":
+            raise ValueError(
+                "vespo.noise_aware = true: takes the engine's noise out of W, and with reference = 'proximal' there is none in it; "
+                "take one of them out"
             )
         return self
 
@@ -488,6 +658,15 @@ class TrainConfig(_RunConfig):
             raise ValueError(
                 f"loop.updates_per_batch = {self.loop.updates_per_batch}: must divide loop.prompts_per_step = "
                 f"{self.loop.prompts_per_step}, because each update takes an equal share of the groups; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_batch_can_be_left(self) -> TrainConfig:
+        if self.algorithm.min_living_weight and self.loop.updates_per_batch == 1:
+            raise ValueError(
+                f"algorithm.min_living_weight = {self.algorithm.min_living_weight:g}: leaves out later updates on a batch, and "
+                "loop.updates_per_batch = 1 has none; raise that, or take it out"
             )
         return self
 

@@ -131,6 +131,8 @@ class TrainSequence:
     """[T]; None where no importance weight exists (supervised fine-tuning, scoring)."""
     experts: Experts | None = None
     """[N - 1, L, K]: the engine's choices, where the trainer is to repeat them."""
+    group: int = 0
+    """The same for all responses to one prompt."""
     sampled: Mask | None = None
     """[T], false for tokens that an environment wrote: they are read and scored, but carry no loss, no importance weight
     and no share of a denominator.  None: all true."""
@@ -190,10 +192,11 @@ class StepOutput:
     scored: tuple[Scored, ...]
     """Under the weights before the *first* update.  Under replay the experts are what the trainer would have chosen."""
     log_w: Doubles
-    """[B], sum over the trained tokens of (policy_logp - behavior_logp), with the policy as each sequence's own update found it;
-    0 where there is no behavior."""
+    """[B'], sum over the trained tokens of (policy_logp - reference_logp), with the policy as each sequence's own update found it
+    and algorithm.reference; 0 where there is no behavior.  B' < B where the last updates were left out
+    (algorithm.min_living_weight), else B."""
     coefficient: Doubles
-    """[B], mean over the trained tokens of the detached coefficient; phi(W) for VESPO."""
+    """[B'], mean over the trained tokens of the detached coefficient; phi(W) for VESPO."""
     updates: tuple[Update, ...]
     time_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """Seconds by phase, of the slowest rank."""
@@ -235,6 +238,8 @@ class SyncReport:
     time_s: Mapping[str, float]
     canary_abs_max: float
     """Largest |trainer logp - engine logp| over the canary tokens under the new weights, all engines, nats."""
+    canary_variance: float = 0.0
+    """Mean square of the same: the engines' own noise on one token, nats^2."""
     num_engines: int = 1
     """Engines that serve `version` now, confirmed."""
     num_lost: int = 0
@@ -246,8 +251,12 @@ class SyncReport:
 class Trainer(Protocol):
     """pi: the policy's weights and their optimizer, on all ranks together."""
 
-    async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
-        """The optimizer updates on one batch; they make the next version."""
+    async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
+        """The optimizer updates on one batch, which make the next version.
+
+        Args:
+            noise_variance: of one token's behavior log-prob by the engine's arithmetic, nats^2.
+        """
         ...
 
     async def save(self, version: int, state: Mapping[str, Any]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
+from megatron_vespo.config import Aggregation
 from megatron_vespo.types import Doubles
 
 
@@ -38,24 +38,28 @@ def kl_penalty(logp_S: Tensor, reference_logp_S: Tensor) -> Tensor:
     return r.expm1() - r
 
 
-def token_weights(
-    num_tokens_B: Sequence[int], aggregation: Literal["token_mean", "sequence_mean"]
-) -> Doubles:
-    """Weight of every token of each sequence, with one denominator for the whole optimizer step.
+def token_weights(num_tokens_B: Sequence[int], aggregation: Aggregation) -> Doubles:
+    """Weight of every token of each sequence, with one denominator for the whole optimizer update.
 
-        token_mean     1 / sum_b T_b        each token counts alike; the weights of all tokens sum to 1
-        sequence_mean  1 / B                each sequence counts alike, its token gradients add up
+        token_mean           1 / sum_b T_b    each token counts alike; the weights of all tokens sum to 1   (DAPO, VESPO)
+        seq_mean_token_sum   1 / B            each sequence counts alike, its token gradients add up to its score   (TOPR)
+        seq_mean_token_mean  1 / (B T_b)      the same, divided by its own length   (GSPO, SAPO)
 
-    Both are known before the first backward and do not depend on how sequences fall into microbatches or on
+    All are known before the first backward and do not depend on how sequences fall into microbatches or on
     ranks, so neither does the gradient (VESPO's released Megatron path averages per microbatch instead).
 
     Returns:
-        [B] float64: the same number for all sequences, 0 for one without tokens.
+        [B] float64; 0 for a sequence without tokens, which still counts in B.
     """
     num_tokens = np.asarray(num_tokens_B, np.float64)
-    denominator = num_tokens.sum() if aggregation == "token_mean" else float(len(num_tokens))
-    if denominator <= 0:
+    if not num_tokens.sum():
         raise ValueError(
             f"num_tokens_B = {list(num_tokens_B)}: the batch has no token to train on; check the data"
         )
-    return np.where(num_tokens > 0, 1.0 / denominator, 0.0)
+    if aggregation == "token_mean":
+        denominator = np.full_like(num_tokens, num_tokens.sum())
+    else:
+        denominator = len(num_tokens) * (
+            num_tokens if aggregation == "seq_mean_token_mean" else np.ones_like(num_tokens)
+        )
+    return np.divide(1.0, denominator, out=np.zeros_like(num_tokens), where=num_tokens > 0)

@@ -99,8 +99,16 @@ class RankActor:
         """Make this the rank that pushes (rank 0 only)."""
         self._sync = WeightSync(model, cfg, self._rank.groups.device)
 
-    def step(self, sequences: Sequence[TrainSequence], step_number: int, capture_experts: bool) -> RankOutput:
-        return self._rank.step(sequences, step_number, capture_experts=capture_experts)
+    def step(
+        self,
+        sequences: Sequence[TrainSequence],
+        step_number: int,
+        capture_experts: bool,
+        noise_variance: float,
+    ) -> RankOutput:
+        return self._rank.step(
+            sequences, step_number, capture_experts=capture_experts, noise_variance=noise_variance
+        )
 
     def score(self, sequences: Sequence[TrainSequence]) -> RankOutput:
         return self._rank.score(sequences, capture_experts=False)
@@ -236,10 +244,13 @@ class TrainerGroup:
         async with self._turn:
             return merge_scores(await self._all("score", list(sequences)), sequences)
 
-    async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
+    async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
         batch = ray.put(list(sequences))
         async with self._turn:
-            calls = [actor.step.remote(batch, self._version, self._records_experts) for actor in self._actors]
+            calls = [
+                actor.step.remote(batch, self._version, self._records_experts, noise_variance)
+                for actor in self._actors
+            ]
             outputs = await self._gather("step", calls, deadline_s=math.inf)  # the loop's clock bounds it
             self._version += 1
         await self._commit_if_written()  # the ranks have time to answer, and the files had time to be written

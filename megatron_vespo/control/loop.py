@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from megatron_vespo.config import TrainConfig
+from megatron_vespo.algo.advantages import batch_normalised
+from megatron_vespo.config import AlgorithmConfig, TrainConfig
 from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.clock import StepClock
 from megatron_vespo.control.observer import Observer
 from megatron_vespo.control.sampler import Sampler
 from megatron_vespo.data.stream import EpochStream
-from megatron_vespo.types import Prompt, Publisher, Rollout, Trainer, TrainSequence
+from megatron_vespo.types import Group, Prompt, Publisher, Rollout, Trainer, TrainSequence
 
 
 async def train(
@@ -31,7 +34,8 @@ async def train(
     progress; an exception of any task ends it at once.
     """
     version = observer.progress.version
-    observer.started(await publisher.publish(version))  # mu = pi before the first token
+    sync = await publisher.publish(version)  # mu = pi before the first token
+    observer.started(sync)
 
     async with asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(publisher.follow())]  # engines that come (back) between two steps
@@ -44,15 +48,19 @@ async def train(
         while version < cfg.loop.num_steps:
             clock = StepClock(version + 1, cfg.loop.step_timeout_s, "loop.step_timeout_s")
             # 1. y ~ mu with its advantages, the oldest P groups
-            groups = await clock.lap("wait", buffer.take(), buffer.progress)
+            groups = compared(await clock.lap("wait", buffer.take(), buffer.progress), cfg.algorithm)
             if not groups:
                 break
             observer.taken(groups, buffer)
             replays = cfg.trainer.router_replay == "engine"
-            batch = [to_train_sequence(rollout, replays) for group in groups for rollout in group.rollouts]
+            batch = [
+                to_train_sequence(rollout, group.ordinal, replays)
+                for group in groups
+                for rollout in group.rollouts
+            ]
             # 2. log mu_v of the same tokens, beside the step on version v: ascend E[ phi(W) A grad log pi_v ]
             rescoring = tasks.create_task(sampler.rescore(batch, cfg.loop.rescored_sequences))
-            output = await clock.lap("train", trainer.step(batch))
+            output = await clock.lap("train", trainer.step(batch, sync.canary_variance))
             rescored = await clock.lap("score", rescoring)
             # 3. mu <- pi, then admit as many new prompts
             version += 1
@@ -98,7 +106,18 @@ async def produce(
             observer.filtered(group)
 
 
-def to_train_sequence(rollout: Rollout, replays_experts: bool) -> TrainSequence:
+def compared(groups: Sequence[Group], algorithm: AlgorithmConfig) -> Sequence[Group]:
+    """The groups of one batch, their advantages relative to the batch where that is asked for."""
+    if algorithm.advantage_scale != "batch_std" or not groups:
+        return groups
+    advantages = iter(batch_normalised(np.array([r.advantage for group in groups for r in group.rollouts])))
+    return [
+        replace(group, rollouts=tuple(replace(r, advantage=float(next(advantages))) for r in group.rollouts))
+        for group in groups
+    ]
+
+
+def to_train_sequence(rollout: Rollout, group: int, replays_experts: bool) -> TrainSequence:
     """The rollout as the trainer sees it; the engine's expert choices go along only where they are repeated."""
     prompt, response = rollout.prompt, rollout.response
     return TrainSequence(
@@ -108,5 +127,6 @@ def to_train_sequence(rollout: Rollout, replays_experts: bool) -> TrainSequence:
         advantage=rollout.advantage,
         behavior_logp=response.behavior_logp,
         experts=response.experts if replays_experts else None,
+        group=group,
         sampled=response.sampled,
     )

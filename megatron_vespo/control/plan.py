@@ -64,7 +64,7 @@ def plan_train(cfg: TrainConfig) -> TrainPlan:
     engine_command(
         cfg.rollout, cfg.model, port=_ANY_PORT
     )  # refuses what the server could not be started with
-    if cfg.algorithm.kl_coeff and (reference := cfg.algorithm.reference):
+    if cfg.algorithm.kl_coeff and (reference := cfg.algorithm.kl_reference):
         check_same_shape(reference, shape)
         check_weights(reference, shape)
     tokenizer = load_tokenizer(cfg.model)

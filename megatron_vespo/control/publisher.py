@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.lifecycle import State
 from megatron_vespo.rollout.member import Member
 from megatron_vespo.rollout.weight_sync import PushOutcome, Target
-from megatron_vespo.types import RunError, Scored, SyncReport, TrainSequence
+from megatron_vespo.types import Floats, RunError, Scored, SyncReport, TrainSequence
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +46,8 @@ class _Tally:
     num_lost: int = 0
     is_outdated: bool = False
     """The trainer holds newer weights by now."""
-    gaps: list[float] = field(default_factory=list)
-    """Of the canary, nats, one for each engine that was confirmed."""
+    gaps: list[Floats] = field(default_factory=list)
+    """Trainer - engine over the canary tokens, nats, of each engine that was confirmed."""
     time_s: Counter[str] = field(default_factory=Counter)
 
 
@@ -94,7 +93,8 @@ class FleetPublisher:
             version=version,
             num_bytes=tally.num_bytes,
             time_s={**tally.time_s, "publish": perf_counter() - began},
-            canary_abs_max=max(tally.gaps, default=0.0),
+            canary_abs_max=max(map(_largest, tally.gaps), default=0.0),
+            canary_variance=float(np.square(np.concatenate(tally.gaps)).mean()) if tally.gaps else 0.0,
             num_engines=serving,
             num_lost=tally.num_lost,
             changed=self._changed,
@@ -143,7 +143,7 @@ class FleetPublisher:
             limit="rollout.start_timeout_s + rollout.sync_timeout_s",
         )
 
-    async def _confirm(self, outcome: PushOutcome, members: Sequence[Member]) -> list[float]:
+    async def _confirm(self, outcome: PushOutcome, members: Sequence[Member]) -> list[Floats]:
         """Let the engines serve that hold and compute what they should, and lose the others; the canary's gaps.
 
         Raises:
@@ -159,9 +159,11 @@ class FleetPublisher:
             self._fleet.lose(name, f"holds other weights than its peers after the push of {outcome.version}")
         trained = await self._canary_by_trainer(outcome.version)
         scored = [name for name in complete if name not in odd]
-        gaps = dict(zip(scored, await asyncio.gather(*(self._gap(n, trained) for n in scored)), strict=True))
-        fine = {name: gap for name, gap in gaps.items() if gap <= self._cfg.canary_tolerance}
-        wrong = {name: gap for name, gap in gaps.items() if self._cfg.canary_tolerance < gap < math.inf}
+        answers = await asyncio.gather(*(self._gap(n, trained) for n in scored))
+        gaps = {name: gap for name, gap in zip(scored, answers, strict=True) if gap is not None}
+        largest = {name: _largest(gap) for name, gap in gaps.items()}
+        fine = {name: gap for name, gap in gaps.items() if largest[name] <= self._cfg.canary_tolerance}
+        wrong = {name: gap for name, gap in largest.items() if name not in fine}
         for name, gap in wrong.items():
             self._fleet.lose(name, self._canary_message(name, gap))
         if wrong and not fine and all(m.state is not State.SERVING for m in self._fleet.members):
@@ -190,8 +192,8 @@ class FleetPublisher:
             self._trained = version, await self._source.score(self._canary)
         return self._trained[1]
 
-    async def _gap(self, name: str, trained: Sequence[Scored]) -> float:
-        """Largest |trainer - engine| over the canary tokens, nats; infinite if the engine was lost over it."""
+    async def _gap(self, name: str, trained: Sequence[Scored]) -> Floats | None:
+        """Trainer - engine over the canary tokens, nats; None if the engine was lost over it."""
         limit_s = (
             self._cfg.sync_timeout_s
         )  # nothing else bounds it: deadlines stand still while weights are pushed
@@ -201,10 +203,10 @@ class FleetPublisher:
         except (RunError, TimeoutError) as err:
             why = str(err) or f"no answer within rollout.sync_timeout_s = {limit_s:g}"
             self._fleet.lose(name, f"did not score the canary: {why}")
-            return math.inf
-        return max(
-            float(np.abs(ours.logp - theirs.logp).max()) for ours, theirs in zip(trained, served, strict=True)
-        )
+            return None
+        return np.concatenate([
+            ours.logp - theirs.logp for ours, theirs in zip(trained, served, strict=True)
+        ])  # fmt: skip
 
     def _canary_message(self, name: str, gap: float) -> str:
         return (
@@ -212,6 +214,10 @@ class FleetPublisher:
             f"{self._cfg.canary_tolerance:g} on the same weights; the engine serves other weights, or computes in another "
             "precision: compare dtypes, and see docs/numerics.md"
         )
+
+
+def _largest(gap: Floats) -> float:
+    return float(np.abs(gap).max())
 
 
 def layout_of(digest: str) -> str:

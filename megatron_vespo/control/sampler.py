@@ -33,7 +33,11 @@ class Sampler:
     async def group(self, prompt: Prompt, ordinal: int) -> Group:
         """The prompt's group, with advantages relative to it."""
         responses, rewards = await self.rewarded(prompt, self._cfg.loop.group_size, self._sampling)
-        advantages = group_advantages(rewards, scale=self._cfg.algorithm.advantage_scale)
+        algorithm = self._cfg.algorithm
+        scale = (
+            "none" if algorithm.advantage_scale == "batch_std" else algorithm.advantage_scale
+        )  # the loop knows the batch
+        advantages = group_advantages(rewards, scale=scale, baseline=algorithm.advantage_baseline)
         rollouts = [
             Rollout(prompt=prompt, response=response, reward=reward, advantage=float(advantage))
             for response, reward, advantage in zip(responses, rewards, advantages, strict=True)

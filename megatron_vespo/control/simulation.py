@@ -70,7 +70,7 @@ class SimulatedTrainer:
         self._model = model
         self._sync = WeightSync(model, cfg, torch.device("cpu"))
 
-    async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
+    async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
         async with self._turn:
             await asyncio.sleep(self._step_s(sequences))
             return await self._step(sequences)

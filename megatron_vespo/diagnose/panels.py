@@ -209,7 +209,7 @@ def _coefficient(history: History, log_w: Doubles, advantage: float) -> Doubles:
 
     algorithm = AlgorithmConfig.model_validate(history.setting("algorithm", {}))
     x = torch.from_numpy(log_w)
-    ratios = Ratios(log_ratio_S=x, log_w_N=x, seq_S=torch.arange(len(x)))
+    ratios = Ratios(log_ratio_S=x, log_w_N=x, num_tokens_N=torch.ones_like(x), seq_S=torch.arange(len(x)))
     return coefficient(algorithm, ratios, torch.full_like(x, advantage)).numpy()
 
 

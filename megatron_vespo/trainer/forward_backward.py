@@ -21,7 +21,8 @@ from megatron_vespo.algo.loss import kl_penalty, policy_loss
 from megatron_vespo.config import AlgorithmConfig, TrainerConfig
 from megatron_vespo.trainer.layout import Groups, rank_name
 from megatron_vespo.trainer.outputs import RouterRows
-from megatron_vespo.trainer.packing import Inputs, Microbatch, cut, input_numbers
+from megatron_vespo.trainer.packing import Inputs, Microbatch, cut, input_numbers, response_offsets
+from megatron_vespo.trainer.shaping import Shaped, shape
 from megatron_vespo.types import Doubles, RunError, TrainSequence
 
 PROBLEMS = ("loss", "log W", "log-prob", "row of expert choices")
@@ -42,6 +43,8 @@ class Work:
     """Packed tokens of all data ranks together, padding included."""
     weight: Doubles
     """[B] weight of every trained token of a sequence: 1 / the global denominator of the update."""
+    noise_variance: float = 0.0
+    """sigma^2 of one token's behavior log-prob by the engine's arithmetic, nats^2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +61,12 @@ class Mode:
     """Whether the engine's expert choices are used (R3)."""
     replayed: Outcome | None = None
     """A pass over the same work whose expert choices are used (R2)."""
-    reference: Outcome | None = None
-    """A pass over the same work under the reference's weights."""
+    start: Outcome | None = None
+    """A pass over the same work under the weights at the start of the batch, where they are below pi in the ratios."""
+    shaped: Shaped | None = None
+    """Coefficients and advantages that were found beforehand."""
+    kl_reference: Outcome | None = None
+    """A pass over the same work under the weights of the KL penalty's model."""
 
 
 @dataclass(kw_only=True)
@@ -288,42 +295,91 @@ class Runner:
         self, one: _Pass, index: int, microbatch: Microbatch, inputs: Inputs, logp: Tensor
     ) -> tuple[Tensor, _Losses]:
         """Of [S] log-probs; from here on there are only the [R] trained ones, so the others have no gradient."""
-        sequences = [one.work.sequences[i] for i in microbatch.sequences]
+        chosen = list(microbatch.sequences)
         trained, segment = (
             torch.from_numpy(x).to(logp.device) for x in (inputs.trained, inputs.segment[inputs.trained])
         )
         logp = logp[trained].double()
-        log_ratio = _log_ratio(logp, inputs.behavior_logp)
-        log_w = self._sequence_sums(log_ratio, segment, len(sequences))
 
-        def per_sequence(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=logp.device)
+        def on_device(values: Sequence[float] | np.ndarray) -> Tensor:
+            return torch.tensor(np.asarray(values), dtype=torch.float64, device=logp.device)
 
-        advantage = per_sequence([s.advantage for s in sequences])
-        weight = per_sequence(one.work.weight[list(microbatch.sequences)].tolist())[segment]
-        ratios = Ratios(log_ratio_S=log_ratio, log_w_N=log_w, seq_S=segment)
-        c = coefficient(self._algorithm, ratios, advantage)
+        start = None if one.mode.start is None else one.mode.start.logp[index][trained].double()
+        num_tokens = on_device([one.work.sequences[i].num_trained_tokens for i in chosen])
+        ratios = self._ratios(one.work, inputs, logp.detach(), start, segment, num_tokens)
+        if (shaped := one.mode.shaped) is not None:
+            first = response_offsets(one.work.sequences)[one.work.share.start]
+            advantage = on_device(shaped.advantage[np.array(chosen, int) - one.work.share.start])
+            c = on_device(shaped.coefficient[inputs.token[inputs.trained] - first])
+        else:
+            advantage = on_device([one.work.sequences[i].advantage for i in chosen])
+            c = coefficient(self._algorithm, ratios, advantage)
+        weight = on_device(one.work.weight[chosen])[segment]
         loss, kl = policy_loss(logp, c, advantage[segment], weight), None
-        if one.mode.reference is not None:
-            kl = kl_penalty(logp, one.mode.reference.logp[index][trained].double())
+        if one.mode.kl_reference is not None:
+            kl = kl_penalty(logp, one.mode.kl_reference.logp[index][trained].double())
             loss = loss + self._algorithm.kl_coeff * (weight * kl).sum()
         losses = _Losses(
             loss=loss.detach(),
-            log_w=log_w,
-            coefficient=advantage.new_zeros(len(sequences)).index_add_(0, segment, c.double()),
+            log_w=ratios.log_w_N,
+            coefficient=advantage.new_zeros(len(chosen)).index_add_(0, segment, c),
             kl=None if kl is None else kl.detach().sum(),
         )
         return loss, losses
 
-    def _sequence_sums(self, log_ratio: Tensor, segment: Tensor, num: int) -> Tensor:
-        """[n] log W of each sequence, complete: other context ranks hold other tokens of the same response.
-
-        The numbers are detached, so that no collective is differentiated; tensor ranks hold equal ones.
-        """
-        log_w = log_ratio.new_zeros(num).index_add_(0, segment, log_ratio)
+    def _ratios(
+        self,
+        work: Work,
+        inputs: Inputs,
+        logp: Tensor,
+        start: Tensor | None,
+        segment: Tensor,
+        num_tokens: Tensor,
+    ) -> Ratios:
+        """Of the [R] trained tokens: pi / behavior, or pi / start and then start / behavior apart from it."""
+        behavior = torch.from_numpy(inputs.behavior_logp).to(logp)
+        log_ratio = _difference(logp, behavior if start is None else start)
+        log_rho = torch.zeros_like(log_ratio) if start is None else _difference(start, behavior)
+        sums = log_ratio.new_zeros(len(num_tokens), 2)
+        sums.index_add_(0, segment, torch.stack([log_ratio, log_rho], 1))
         if self._cfg.layout.context > 1:
-            dist.all_reduce(log_w, group=self._groups.context)
-        return log_w
+            # Other context ranks hold other tokens of the same response.  The numbers are detached, so that no collective
+            # is differentiated; tensor ranks hold equal ones.
+            dist.all_reduce(sums, group=self._groups.context)
+        return Ratios(
+            log_ratio_S=log_ratio,
+            log_w_N=sums[:, 0],
+            num_tokens_N=num_tokens,
+            seq_S=segment,
+            log_rho_S=log_rho,
+            log_rho_N=sums[:, 1],
+            noise_variance=work.noise_variance,
+        )
+
+    def shaped(self, work: Work, survey: Outcome, start: Outcome | None) -> Shaped:
+        """Collective: what the whole update trains with, from the log-probs of a pass under the weights before it.
+
+        Args:
+            start: as in `Mode`.
+        """
+        return shape(
+            self._algorithm,
+            work.sequences[work.share],
+            self._everywhere(work, survey),
+            None if start is None else self._everywhere(work, start),
+            work.noise_variance,
+        )
+
+    def _everywhere(self, work: Work, outcome: Outcome) -> Doubles:
+        """Collective: the pass's log-prob of every response token of its sequences, on every rank."""
+        offsets = response_offsets(work.sequences)
+        first, end = offsets[work.share.start], offsets[work.share.stop]
+        whole = np.zeros(end - first)
+        for token, logp, *_ in outcome.tokens:  # on one rank alone for each token
+            whole[token - first] = logp
+        summed = torch.from_numpy(whole).to(self._groups.device)
+        dist.all_reduce(summed)
+        return summed.cpu().numpy()
 
     def _collect(self, outcome: Outcome, scores: _Scores) -> None:
         """Fetch the numbers of one microbatch."""
@@ -379,10 +435,9 @@ class Runner:
         )
 
 
-def _log_ratio(logp: Tensor, behavior_logp: np.ndarray) -> Tensor:
-    """[R] detached: policy - behavior; 0 where there is no behavior (nan)."""
-    behavior = torch.from_numpy(behavior_logp).to(logp)
-    return torch.where(behavior.isnan(), 0.0, logp.detach() - behavior)
+def _difference(logp: Tensor, reference: Tensor) -> Tensor:
+    """[R] 0 where there is no reference (nan)."""
+    return torch.where(reference.isnan(), 0.0, logp - reference)
 
 
 def _not_finite(values: Tensor) -> np.ndarray:

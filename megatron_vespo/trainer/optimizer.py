@@ -58,11 +58,12 @@ class Optimizer:
             ddp.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def update(self, number: int) -> tuple[float, float]:
+    def update(self, number: int, rate_factor: float = 1.0) -> tuple[float, float]:
         """Check, clip and apply the gradients.
 
         Args:
             number: updates before this one; sets the learning rate.
+            rate_factor: what that is multiplied by.
 
         Returns:
             Norm of the whole gradient before clipping, and the learning rate.
@@ -70,7 +71,7 @@ class Optimizer:
         Raises:
             RunError: the norm is not finite; on every rank, and no weight has changed.
         """
-        rate = learning_rate(self._cfg, number)
+        rate = rate_factor * learning_rate(self._cfg, number)
         for group in self.megatron.param_groups:
             group["lr"] = rate
         norm_of = type(self.megatron).get_grad_norm

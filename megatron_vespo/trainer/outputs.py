@@ -57,9 +57,9 @@ class RankOutput:
     routing: tuple[RouterRows, ...]
     """One for each microbatch and model chunk; empty for dense models or when not captured."""
     log_w: Doubles | None = None
-    """[B] whole-sequence log W, whole; None after scoring."""
+    """[B] whole-sequence log W of what was trained on, whole; None after scoring."""
     coefficient: Doubles | None = None
-    """[B] summed over the trained tokens of each response, whole; None after scoring."""
+    """[B] the same of the coefficient, summed over the trained tokens of each response."""
     updates: tuple[Update, ...] = ()
     """Whole; empty after scoring."""
     time_s: dict[str, float]
@@ -99,7 +99,8 @@ def merge_step(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]
     return StepOutput(
         scored=merge_scores(outputs, sequences),
         log_w=whole.log_w,
-        coefficient=whole.coefficient / np.array([s.num_trained_tokens for s in sequences]),
+        coefficient=whole.coefficient
+        / np.array([s.num_trained_tokens for s in sequences[: len(whole.coefficient)]]),
         updates=whole.updates,
         time_s={name: max(output.time_s[name] for output in outputs) for name in whole.time_s},
         memory_bytes={

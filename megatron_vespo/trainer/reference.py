@@ -59,6 +59,6 @@ def check_same_shape(source: Path, shape: ModelShape) -> None:
     """
     if read_model_shape(source) != shape:
         raise ConfigError(
-            f"algorithm.reference = '{source}': its config.json describes another model than the policy's; both must have "
+            f"algorithm.kl_reference = '{source}': its config.json describes another model than the policy's; both must have "
             "one shape, because the reference is scored in the policy's place; choose a checkpoint of the same model"
         )

@@ -8,6 +8,7 @@ Megatron is imported inside functions: `cpu.install()` must come first, and a dr
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_vespo.algo.loss import token_weights
+from megatron_vespo.algo.pace import is_spent, rate_factor
 from megatron_vespo.config import AlgorithmConfig, TrainerConfig
 from megatron_vespo.trainer import cpu
 from megatron_vespo.trainer.checkpoint import Written
@@ -36,8 +38,9 @@ from megatron_vespo.trainer.packing import Microbatch, crossover_tokens, plan
 from megatron_vespo.trainer.phases import Phases
 from megatron_vespo.trainer.rank_checkpoint import RankCheckpoint
 from megatron_vespo.trainer.reference import Reference
+from megatron_vespo.trainer.shaping import Shaped
 from megatron_vespo.trainer.step_time import known_peak_flops, training_flops
-from megatron_vespo.types import RunError, TrainSequence, Update
+from megatron_vespo.types import Doubles, RunError, TrainSequence, Update
 
 
 class TrainerRank:
@@ -86,7 +89,7 @@ class TrainerRank:
         ]
         self._reference = None
         if algorithm.kl_coeff:
-            source = algorithm.reference or model
+            source = algorithm.kl_reference or model
             self._reference = Reference(self.chunks, source, self.shape, self.groups)
         load_hf(self.chunks, model, self.shape, self.groups)
         self._optimizer = Optimizer(self.chunks, cfg, self.groups.name)
@@ -114,16 +117,22 @@ class TrainerRank:
     # ------------------------------------------------------------------------------------------- training
 
     def step(
-        self, sequences: Sequence[TrainSequence], step_number: int, *, capture_experts: bool = True
+        self,
+        sequences: Sequence[TrainSequence],
+        step_number: int,
+        *,
+        capture_experts: bool = True,
+        noise_variance: float = 0.0,
     ) -> RankOutput:
         """The optimizer updates on one batch: each on an equal share of it, in order.
 
-        Several updates, or a reference, are preceded by forward passes under the weights of the batch's start, whose
-        log-probs and expert choices are what is reported (and replayed).
+        Several updates, or references of the ratios or of a penalty, are preceded by forward passes under the weights of
+        the batch's start, whose log-probs and expert choices are what is reported (and replayed).
 
         Args:
             sequences: the batch of all ranks, the same on each.
             step_number: batches before this one; stands in errors.
+            noise_variance: of one token's behavior log-prob by the engine's arithmetic, nats^2.
 
         Returns:
             This rank's share; `outputs.merge_step` puts all shares together.
@@ -139,52 +148,90 @@ class TrainerRank:
 
             check_experts(sequences, self.shape)
         phases = Phases(self.groups.device)
-        works, replay = self._works(sequences), self._cfg.router_replay
-        before: list[Outcome | None] = [None] * len(works)
-        if len(works) > 1:
-            mode = Mode(
-                train=False,
-                reports_experts=capture_experts,
-                keeps_experts=replay == "trainer",
-                replays_engine=replay == "engine",
-            )
-            with phases("forward"):
-                before = [self._runner.run(work, mode) for work in works]
-        references: list[Outcome | None] = [None] * len(works)
+        works = self._works(sequences, noise_variance)
+        before = self._before(works, phases, capture_experts)
+        kl_references: list[Outcome | None] = [None] * len(works)
         if self._reference is not None:
             self._optimizer.complete_weights()
             with phases("reference"), self._reference.in_place():
-                references = [self._runner.run(work, Mode(train=False)) for work in works]
+                kl_references = [self._runner.run(work, Mode(train=False)) for work in works]
 
         outcomes, updates = [], []
         for i, work in enumerate(works):
             mode = Mode(
                 train=True,
-                reports_experts=capture_experts and len(works) == 1,
-                replays_engine=replay == "engine",
-                replayed=before[i] if replay == "trainer" else None,
-                reference=references[i],
+                reports_experts=capture_experts and before[i] is None,
+                start=before[i] if self._algorithm.reference == "proximal" else None,
+                kl_reference=kl_references[i],
+                **self._replay(before[i]),
             )
+            if self._algorithm.needs_whole_update:
+                with phases("survey"):
+                    mode = dataclasses.replace(
+                        mode, shaped=self._shaped(work, mode, before[i], is_first=i == 0)
+                    )
             with phases("forward_backward"):
                 self._optimizer.zero_grad()
                 outcome = self._runner.run(work, mode, step_number=step_number)
+            log_w, c = self._weights(work, outcome)
             with phases("optimizer"):
-                norm, rate = self._optimizer.update(self._num_updates)
+                norm, rate = self._optimizer.update(self._num_updates, rate_factor(self._algorithm, log_w))
             self._num_updates += 1
-            self._between_updates = i + 1 < len(works)
             outcomes.append(outcome)
             updates.append(self._update(work, outcome, norm, rate))
+            self._between_updates = i + 1 < len(works) and not is_spent(self._algorithm, c)
+            if not self._between_updates:
+                break
         self._num_steps += 1
+        num_trained = works[len(updates) - 1].share.stop
         return RankOutput(
-            **_shares([first or only for first, only in zip(before, outcomes, strict=True)]),
-            log_w=np.sum([outcome.log_w for outcome in outcomes], 0),
-            coefficient=np.sum([outcome.coefficient for outcome in outcomes], 0),
+            **_shares([first for first in before if first is not None] or outcomes),
+            log_w=np.sum([outcome.log_w for outcome in outcomes], 0)[:num_trained],
+            coefficient=np.sum([outcome.coefficient for outcome in outcomes], 0)[:num_trained],
             updates=tuple(updates),
             time_s=phases.time_s,
             memory_bytes=phases.memory_bytes,
-            model_flops=self._flops(sequences),
+            model_flops=self._flops(sequences[:num_trained]),
             peak_flops_s=self._peak_flops_s,
         )
+
+    def _before(
+        self, works: Sequence[Work], phases: Phases, capture_experts: bool
+    ) -> Sequence[Outcome | None]:
+        """Of each update, a pass under the weights of the batch's start, where anything needs one."""
+        whole = self._algorithm.needs_whole_update or self._algorithm.reference == "proximal"
+        if len(works) == 1 and not whole:
+            return [None]
+        mode = Mode(
+            train=False,
+            reports_experts=capture_experts,
+            keeps_experts=self._cfg.router_replay == "trainer",
+            replays_engine=self._cfg.router_replay == "engine",
+        )
+        with phases("forward"):
+            return [self._runner.run(work, mode) for work in works]
+
+    def _replay(self, before: Outcome | None) -> dict[str, Any]:
+        """Which expert choices an update repeats, as fields of a `Mode`."""
+        replay = self._cfg.router_replay
+        return {
+            "replays_engine": replay == "engine",
+            "replayed": before if replay == "trainer" else None,
+        }
+
+    def _shaped(self, work: Work, mode: Mode, before: Outcome | None, *, is_first: bool) -> Shaped:
+        """What the whole update trains with; the weights before the first one are those of the batch's start."""
+        survey = before
+        if survey is None or not is_first:
+            survey = self._runner.run(work, Mode(train=False, **self._replay(before)))
+        return self._runner.shaped(work, survey, mode.start)
+
+    def _weights(self, work: Work, outcome: Outcome) -> tuple[Doubles, Doubles]:
+        """log W, and the mean coefficient of the trained tokens, of the update's sequences that have an advantage."""
+        share = work.sequences[work.share]
+        has_signal = np.array([s.advantage != 0 and s.num_trained_tokens > 0 for s in share])
+        num_tokens = np.array([s.num_trained_tokens for s in share])[has_signal]
+        return outcome.log_w[work.share][has_signal], outcome.coefficient[work.share][has_signal] / num_tokens
 
     def score(self, sequences: Sequence[TrainSequence], *, capture_experts: bool = True) -> RankOutput:
         """Log-probs, entropies and experts of given sequences under the current weights; no gradient.
@@ -217,7 +264,7 @@ class TrainerRank:
             )
         return self._num_steps
 
-    def _works(self, sequences: Sequence[TrainSequence]) -> list[Work]:
+    def _works(self, sequences: Sequence[TrainSequence], noise_variance: float) -> list[Work]:
         """One for each update: equal shares of the batch, whose groups stand one after another."""
         num, parts = len(sequences), self._updates_per_batch
         if num % parts:
@@ -226,9 +273,9 @@ class TrainerRank:
                 "(loop.updates_per_batch); change one of the two"
             )
         each = num // parts
-        return [self._work(sequences, slice(i * each, (i + 1) * each)) for i in range(parts)]
+        return [self._work(sequences, slice(i * each, (i + 1) * each), noise_variance) for i in range(parts)]
 
-    def _work(self, sequences: Sequence[TrainSequence], share: slice) -> Work:
+    def _work(self, sequences: Sequence[TrainSequence], share: slice, noise_variance: float = 0.0) -> Work:
         ranks = plan(
             sequences[share],
             self._cfg.layout,
@@ -238,7 +285,7 @@ class TrainerRank:
         )
         weight = np.zeros(len(sequences))
         num_trained = [s.num_trained_tokens for s in sequences[share]]
-        weight[share] = token_weights(num_trained, self._algorithm.aggregation)
+        weight[share] = token_weights(num_trained, self._algorithm.resolved_aggregation)
         return Work(
             sequences=sequences,
             share=share,
@@ -248,6 +295,7 @@ class TrainerRank:
             ],
             num_packed=sum(mb.length for rank in ranks for mb in rank),
             weight=weight,
+            noise_variance=noise_variance,
         )
 
     def _update(self, work: Work, outcome: Outcome, norm: float, rate: float) -> Update:

@@ -14,7 +14,9 @@ def phi(log_w: float, advantage: float) -> float:
     one = torch.zeros(1, dtype=torch.int64)
     log_w_N = torch.tensor([log_w], dtype=torch.float64)
     return coefficient(
-        VESPO, Ratios(log_ratio_S=log_w_N, log_w_N=log_w_N, seq_S=one), torch.tensor([advantage])
+        VESPO,
+        Ratios(log_ratio_S=log_w_N, log_w_N=log_w_N, num_tokens_N=torch.ones(1), seq_S=one),
+        torch.tensor([advantage]),
     ).item()
 
 
@@ -54,12 +56,18 @@ def test_far_off_policy_is_zero_without_nan(log_w):
 
 def test_the_whole_sequence_has_one_coefficient_and_splitting_it_changes_it():
     log_ratio = torch.tensor([0.3, -0.1, 0.4], dtype=torch.float64)
-    whole = Ratios(log_ratio_S=log_ratio, log_w_N=log_ratio.sum()[None], seq_S=torch.tensor([0, 0, 0]))
+    whole = Ratios(
+        log_ratio_S=log_ratio,
+        log_w_N=log_ratio.sum()[None],
+        num_tokens_N=torch.tensor([3.0]),
+        seq_S=torch.tensor([0, 0, 0]),
+    )
     c = coefficient(VESPO, whole, torch.tensor([1.0]))
     assert (c == c[0]).all()
     split = Ratios(
         log_ratio_S=log_ratio,
         log_w_N=torch.stack([log_ratio[:1].sum(), log_ratio[1:].sum()]),
+        num_tokens_N=torch.tensor([1.0, 2.0]),
         seq_S=torch.tensor([0, 1, 1]),
     )
     assert not torch.allclose(coefficient(VESPO, split, torch.tensor([1.0, 1.0])), c)
@@ -68,7 +76,10 @@ def test_the_whole_sequence_has_one_coefficient_and_splitting_it_changes_it():
 def test_on_policy_every_algorithm_is_reinforce():
     zero = torch.zeros(4)
     ratios = Ratios(
-        log_ratio_S=zero, log_w_N=torch.zeros(2, dtype=torch.float64), seq_S=torch.tensor([0, 0, 1, 1])
+        log_ratio_S=zero,
+        log_w_N=torch.zeros(2, dtype=torch.float64),
+        num_tokens_N=torch.full((2,), 2.0),
+        seq_S=torch.tensor([0, 0, 1, 1]),
     )
     for name in COEFFICIENTS:
         c = coefficient(AlgorithmConfig(name=name), ratios, torch.tensor([1.0, -1.0]))
@@ -77,5 +88,10 @@ def test_on_policy_every_algorithm_is_reinforce():
 
 def test_no_gradient_flows_through_a_coefficient():
     logp = torch.tensor([0.2, 0.1], requires_grad=True)
-    ratios = Ratios(log_ratio_S=logp, log_w_N=logp.double().sum()[None], seq_S=torch.tensor([0, 0]))
+    ratios = Ratios(
+        log_ratio_S=logp,
+        log_w_N=logp.double().sum()[None],
+        num_tokens_N=torch.tensor([2.0]),
+        seq_S=torch.tensor([0, 0]),
+    )
     assert not coefficient(VESPO, ratios, torch.tensor([1.0])).requires_grad

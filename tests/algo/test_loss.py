@@ -29,7 +29,11 @@ def loss_and_gradient(order, weight_N, extra_zero_weight_tokens=0):
     log_ratio = (logp - mu).detach()
     log_w = torch.zeros(len(order), dtype=torch.float64).index_add(0, seq, log_ratio)
     advantage = torch.tensor([ADVANTAGE[i] for i in order], dtype=torch.float64)
-    c = coefficient(AlgorithmConfig(), Ratios(log_ratio_S=log_ratio, log_w_N=log_w, seq_S=seq), advantage)
+    c = coefficient(
+        AlgorithmConfig(),
+        Ratios(log_ratio_S=log_ratio, log_w_N=log_w, num_tokens_N=lengths.double(), seq_S=seq),
+        advantage,
+    )
     weight = torch.tensor([weight_N[i] for i in order], dtype=torch.float64)[seq]
     if extra_zero_weight_tokens:
         weight[-extra_zero_weight_tokens:] = 0
@@ -49,7 +53,7 @@ def test_known_loss_and_gradient():
 
 
 def test_sequence_mean_divides_by_sequences():
-    loss, _, _ = loss_and_gradient([0, 1, 2], token_weights([2, 3, 4], "sequence_mean"))
+    loss, _, _ = loss_and_gradient([0, 1, 2], token_weights([2, 3, 4], "seq_mean_token_sum"))
     assert loss == pytest.approx(-0.5952840174886, rel=1e-11)
 
 

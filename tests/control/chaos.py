@@ -133,12 +133,12 @@ async def suffer_in_the_middle(fault: Fault, directory: Path, verifier: Verifier
     ]
 
     async def strike(fleet: Fleet, observer: Observer, buffer: GroupBuffer) -> None:
-        await _until(lambda: observer.progress.version >= STRIKE_AT)
+        await _until(lambda: observer.progress.version >= STRIKE_AT and _all_serve(fleet))
         await asyncio.to_thread(fault.strike, engines)
         began = time.monotonic()
         if fault.loses:
             await _until(lambda: _restarts(fleet) >= fault.loses)
-            await _until(lambda: all(member.state is State.SERVING for member in fleet.members))
+            await _until(lambda: _all_serve(fleet))
             outcome.recovery_s = time.monotonic() - began
         struck = observer.progress.version
         await _until(lambda: observer.progress.version >= struck + 2)
@@ -172,6 +172,10 @@ async def _until(happened: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not happened():
             await asyncio.sleep(0.02)
+
+
+def _all_serve(fleet: Fleet) -> bool:
+    return all(member.state is State.SERVING for member in fleet.members)
 
 
 def _restarts(fleet: Fleet) -> int:

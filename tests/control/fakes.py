@@ -78,7 +78,7 @@ class FakeTrainer:
         self.events: list[str] = []
         self.batches: list[list[TrainSequence]] = []
 
-    async def step(self, sequences: Sequence[TrainSequence]) -> StepOutput:
+    async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
         await asyncio.sleep(self.delay_s)
         self.batches.append(list(sequences))
         self.events.append(f"step on {self.version}")

@@ -212,7 +212,7 @@ def test_the_penalty_pulls_towards_the_reference_with_the_gradient_of_transforme
     """Advantage 0 leaves the penalty alone: the mean over response tokens of exp(r) - r - 1, r = reference - policy."""
     other = spoiled_copy(tiny_moe, tmp_path)
     batch = [replace(s, advantage=0.0) for s in batch]
-    algorithm = AlgorithmConfig(name="reinforce", kl_coeff=0.5, reference=other)
+    algorithm = AlgorithmConfig(name="reinforce", kl_coeff=0.5, kl_reference=other)
     grid = pool.grid(trainer_config(**axes), tiny_moe, algorithm=algorithm)
     before = grid.weights()
     expected_kl, gradients = hf_penalty(tiny_moe, other, batch)
@@ -270,9 +270,9 @@ def test_a_reference_equal_to_the_policy_costs_nothing_at_the_start(pool, tiny_m
 
 
 def test_a_reference_of_another_architecture_is_refused(pool, tiny_moe, tiny_dense):
-    algorithm = AlgorithmConfig(name="reinforce", kl_coeff=0.5, reference=tiny_dense)
+    algorithm = AlgorithmConfig(name="reinforce", kl_coeff=0.5, kl_reference=tiny_dense)
     with pytest.raises(
-        ConfigError, match=r"algorithm\.reference = .* describes another model than the policy's"
+        ConfigError, match=r"algorithm\.kl_reference = .* describes another model than the policy's"
     ):
         pool.grid(trainer_config(), tiny_moe, algorithm=algorithm)
 
@@ -282,14 +282,14 @@ def test_a_reference_of_another_architecture_is_refused(pool, tiny_moe, tiny_den
 
 @pytest.mark.parametrize(
     ("axes", "aggregation"),
-    [({}, "sequence_mean"), ({"tensor": 2, "context": 2, "max_tokens": 64}, "token_mean")],
+    [({}, "seq_mean_token_sum"), ({"tensor": 2, "context": 2, "max_tokens": 64}, "token_mean")],
     ids=str,
 )
 def test_tokens_of_an_environment_count_for_nothing_as_in_float64(
     pool, tiny_moe, moderate_batch, axes, aggregation, tmp_path
 ):
     algorithm = AlgorithmConfig(
-        name="vespo", aggregation=aggregation, kl_coeff=0.5, reference=spoiled_copy(tiny_moe, tmp_path)
+        name="vespo", aggregation=aggregation, kl_coeff=0.5, kl_reference=spoiled_copy(tiny_moe, tmp_path)
     )
     expected = in_float64(tiny_moe, algorithm, moderate_batch)
     grid = pool.grid(trainer_config(**axes), tiny_moe, algorithm=algorithm)
@@ -312,10 +312,10 @@ def in_float64(policy, algorithm, batch):
     """The same with transformers: every mean is over sampled tokens alone."""
     models = [
         AutoModelForCausalLM.from_pretrained(d, dtype=torch.float64, experts_implementation="eager")
-        for d in (policy, algorithm.reference)
+        for d in (policy, algorithm.kl_reference)
     ]
     num_tokens = sum(int(trained(s).sum()) for s in batch)
-    denominator = num_tokens if algorithm.aggregation == "token_mean" else len(batch)
+    denominator = num_tokens if algorithm.resolved_aggregation == "token_mean" else len(batch)
     everything, log_w, phi, loss, kl, entropy = [], [], [], 0.0, 0.0, 0.0
     for s in batch:
         sampled, behavior = torch.from_numpy(trained(s)), torch.from_numpy(s.behavior_logp)

@@ -60,6 +60,8 @@ class Block(_Section):
     """Settings that are varied, all with all."""
     tuning_seeds: list[int] = []
     """Seeds that run in the first column only and choose the learning rate of every method; no other number is theirs."""
+    weights: bool = False
+    """Also plot the spread of log W and the living weight over the run."""
 
 
 class Grid(_Section):

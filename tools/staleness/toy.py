@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from megatron_vespo.algo.advantages import batch_normalised, group_advantages, zero_mean
@@ -48,11 +48,7 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Problem(_Section):
+class Problem(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """What is learned, and by whom: all that a warm start depends on but the seed."""
 
     prompts: Positive = 8
@@ -199,7 +195,7 @@ class Policy(nn.Module):
         self.sizes = (problem.prompts, problem.positions, ALPHABET + 2)
         self.moe = problem.policy == "moe"
         hidden, experts = self.HIDDEN, self.EXPERTS
-        self.embeddings = nn.ModuleList(nn.Embedding(size, self.EMBEDDING) for size in self.sizes)
+        self.embeddings = nn.ParameterList(torch.randn(size, self.EMBEDDING) for size in self.sizes)
         self.first = nn.Linear(3 * self.EMBEDDING, hidden + (experts + experts * hidden if self.moe else 0))
         if self.moe:
             self.second = nn.Parameter(torch.randn(experts, hidden, hidden) / math.sqrt(hidden))
@@ -225,7 +221,7 @@ class Policy(nn.Module):
         # the first layer is linear: apply it to the few embeddings, not to every context
         weights = self.first.weight.split(self.EMBEDDING, 1)
         x_CH = self.first.bias + sum(
-            F.embedding(index, F.linear(table.weight, weight))
+            F.embedding(index, F.linear(table, weight))
             for index, table, weight in zip(indices, self.embeddings, weights, strict=True)
         )
         if not self.moe:
@@ -410,7 +406,7 @@ class Training:
                 scale="std" if scale == "std" else "none",
                 baseline=self.algorithm.advantage_baseline,
             )
-            for reward_G in reward_B.double().numpy().reshape(-1, GROUP_SIZE)
+            for reward_G in reward_B.view(-1, GROUP_SIZE).tolist()
         ]
         advantage_B = np.concatenate(groups)
         return torch.from_numpy(batch_normalised(advantage_B) if scale == "batch_std" else advantage_B)
@@ -455,7 +451,7 @@ class Training:
         c_S = coefficient(self.algorithm, ratios, advantage_B)
         coefficient_B = _sums(c_S, seq_S, len(length_B)) / length_B
         if self.algorithm.zero_mean:
-            group = np.arange(len(length_B)) // GROUP_SIZE
+            group = np.arange(len(length_B), dtype=np.int32) // GROUP_SIZE
             advantage_B = torch.from_numpy(zero_mean(advantage_B.numpy(), coefficient_B.numpy(), group))
         weight_B = token_weights(length_B.tolist(), self.algorithm.resolved_aggregation)
         loss = policy_loss(logp_S, c_S, advantage_B.float()[seq_S], torch.from_numpy(weight_B).float()[seq_S])

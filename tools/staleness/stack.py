@@ -18,7 +18,7 @@ import os
 import shlex
 import shutil
 import signal
-import sys
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,8 +42,19 @@ TRAIN, SFT = HERE / "stack.toml", HERE / "stack_sft.toml"
 PROMPTS_PER_UPDATE = 4
 EVALUATE_EVERY = 64
 """Updates, whatever N is."""
-MOST_ENTRIES = 48
-"""Of a history."""
+SUCCESS = "eval/prompts/avg"
+STATISTICS = {
+    "reward": "reward/train_mean",
+    "log_w_mean": "algo/log_w_mean",
+    "log_w_std": "algo/log_w_std",
+    "ess": "algo/ess_fraction",
+    "phi_mean": "algo/phi_mean",
+    "staleness": "staleness/mean_steps",
+    "mismatch_abs_max": "mismatch/seq_nats_abs_max",
+    "expert_mismatch": "experts/mismatch_fraction",
+    "entropy": "algo/entropy_nats",
+}
+"""Names in a history, and in metrics.jsonl."""
 END_WITHIN_S = 40
 """A run that is told to end finishes its step first."""
 ANY_SERVER = "http://127.0.0.1:30000"
@@ -125,43 +136,38 @@ def command(arguments: Sequence[str]) -> str:
 
 
 def outcome(records: Sequence[Record], updates_per_step: int) -> dict[str, Any]:
-    """start, best, final and history from a finished run's metrics.jsonl."""
-    success = [r["eval/prompts/avg"] for r in records if "eval/prompts/avg" in r]
-    steps = [r for r in records if r["step"]]
-    stride = -(-len(steps) // MOST_ENTRIES)
-    kept = [r for r in records if r["step"] % stride == 0 or "eval/prompts/avg" in r]
+    """start, best, final and history, with one entry an evaluation, from a finished run's metrics.jsonl."""
+    history, steps = [], []
+    for record in records:
+        steps.append(record)
+        if SUCCESS in record:
+            history.append({"update": record["step"] * updates_per_step, **_entry(steps)})
+            steps = []
+    success = [entry["success"] for entry in history]
     return {
         "start": success[0],
         "best": max(success),
         "final": success[-1],
-        "history": [_entry(record, updates_per_step) for record in kept],
-        "phases_s": {phase: round(sum(r.get(f"time/{phase}_s", 0.0) for r in steps), 1) for phase in PHASES},
+        "history": history,
+        "phases_s": {
+            phase: round(sum(record.get(f"time/{phase}_s", 0.0) for record in records), 1) for phase in PHASES
+        },
     }
 
 
-_NAMES = {
-    "success": "eval/prompts/avg",
-    "reward": "reward/train_mean",
-    "log_w_mean": "algo/log_w_mean",
-    "log_w_std": "algo/log_w_std",
-    "ess": "algo/ess_fraction",
-    "phi_mean": "algo/phi_mean",
-    "staleness": "staleness/mean_steps",
-    "mismatch_abs_max": "mismatch/seq_nats_abs_max",
-    "expert_mismatch": "experts/mismatch_fraction",
-    "entropy": "algo/entropy_nats",
-}
-
-
-def _entry(record: Record, updates_per_step: int) -> dict[str, Any]:
-    known = {name: round(record[key], 6) for name, key in _NAMES.items() if key in record}
-    return {"update": record["step"] * updates_per_step, **known}
+def _entry(steps: Sequence[Record]) -> dict[str, float]:
+    """The evaluation after the last of these steps, and the means of what all of them say of their batches."""
+    entry = {"success": steps[-1][SUCCESS]}
+    for name, key in STATISTICS.items():
+        if values := [step[key] for step in steps if key in step]:
+            entry[name] = round(statistics.fmean(values), 6)
+    return entry
 
 
 @contextmanager
 def open_level() -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
     """The worker's server, which is started with the first cell."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}  # else ranks yield to their own engine
     RUNS.mkdir(parents=True, exist_ok=True)
     servers = _Servers()
     try:
@@ -264,8 +270,8 @@ def _child(work: Callable[[], None], log: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     with log.open("wb") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     work()
 
 

@@ -73,7 +73,9 @@ def _demonstration(question: Question, rng: random.Random) -> str:
     for place, distractor in question.distractors.items():
         if rng.random() >= RIGHT:
             letters[place] = distractor
-    return "".join(rng.choice(string.ascii_lowercase) if rng.random() < SLIP else letter for letter in letters)
+    return "".join(
+        rng.choice(string.ascii_lowercase) if rng.random() < SLIP else letter for letter in letters
+    )
 
 
 def _message(role: str, content: str) -> dict[str, str]:

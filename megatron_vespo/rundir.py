@@ -202,7 +202,7 @@ ROLLOUT_SCHEMA = pa.schema([
     ("policy_logp", pa.list_(pa.float32())),  # trainer, under train_version
     ("engine_logp", pa.list_(pa.float32())),  # engine, under train_version; null where not re-scored
     ("log_w", pa.float64()),  # as its own update found the policy, which is train_version's for the first update
-    ("coefficient", pa.float64()),
+    ("coefficient", pa.float64()),  # mean over its tokens; both null where the update was left out
 ])  # fmt: skip
 """Columns of a rollout file; log-probs are [T] nats at the sampling temperature."""
 
@@ -237,8 +237,8 @@ def rollout_rows(
             "behavior_logp": response.behavior_logp,
             "policy_logp": output.scored[index].logp,
             "engine_logp": scored.logp if (scored := engine[index]) else None,
-            "log_w": float(output.log_w[index]),
-            "coefficient": float(output.coefficient[index]),
+            "log_w": float(output.log_w[index]) if index < len(output.log_w) else None,
+            "coefficient": float(output.coefficient[index]) if index < len(output.log_w) else None,
         })  # fmt: skip
     return rows
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vespo.algo.loss import token_weights
 from megatron_vespo.algo.mismatch import (
-    effective_sample_fraction,
     expert_gap,
     expert_overlap,
     sequence_nats,
     token_gap,
 )
+from megatron_vespo.algo.statistics import by_lag, weight_statistics
+from megatron_vespo.config import AlgorithmConfig
 from megatron_vespo.types import (
     Doubles,
     Experts,
@@ -37,6 +39,7 @@ def step_metrics(
     output: StepOutput,
     rescored: Sequence[Scored | None],
     sync: SyncReport,
+    algorithm: AlgorithmConfig,
 ) -> Metrics:
     """Everything that one step tells about learning and about off-policyness.
 
@@ -54,7 +57,7 @@ def step_metrics(
     return {
         **_learning(rollouts),
         **_staleness(version, rollouts),
-        **_weights(rollouts, output),
+        **_weights(version, rollouts, output, algorithm),
         **_engines(
             [
                 Seen(trainer=ours, engine=theirs, then=rollout)
@@ -63,6 +66,7 @@ def step_metrics(
             ]
         ),
         **optimizer_metrics(output),
+        "optim/left_out_fraction": 1 - len(output.log_w) / len(rollouts),
         **{f"time/train_{part}_s": seconds for part, seconds in output.time_s.items()},
         **{f"time/sync_{part}_s": seconds for part, seconds in sync.time_s.items()},
         "sync/bytes": sync.num_bytes,
@@ -160,17 +164,25 @@ def _staleness(version: int, rollouts: Sequence[Rollout]) -> Metrics:
     }
 
 
-def _weights(rollouts: Sequence[Rollout], output: StepOutput) -> Metrics:
+def _weights(
+    version: int, rollouts: Sequence[Rollout], output: StepOutput, algorithm: AlgorithmConfig
+) -> Metrics:
+    """Importance weights and coefficients of what was trained on, of the batch as a whole and of each update."""
+    trained = rollouts[: len(output.log_w)]
     log_w_B, phi_B = output.log_w, output.coefficient
-    advantage_B = np.array([r.advantage for r in rollouts])
+    advantage_B = np.array([r.advantage for r in trained])
+    num_B = np.array([r.response.num_sampled for r in trained])
+    lag_B = np.array([round(float((version - 1 - _sampled(r, r.response.versions)).mean())) for r in trained])
+    weight_B = num_B * token_weights(num_B.tolist(), algorithm.resolved_aggregation)
     metrics: Metrics = {
         "algo/log_w_mean": float(log_w_B.mean()),
         "algo/log_w_std": float(log_w_B.std()),
         "algo/log_w_min": float(log_w_B.min()),
         "algo/log_w_max": float(log_w_B.max()),
         "algo/phi_mean": float(phi_B.mean()),
-        "algo/ess_fraction": effective_sample_fraction(log_w_B),
         "algo/entropy_nats": float(_entropy(rollouts, output).mean()),
+        **_named(weight_statistics(log_w_B, phi_B, advantage_B, weight_B)),
+        **_named(by_lag(log_w_B, lag_B)),
     }
     masses = [
         _sampled(r, s.top_k_mass)
@@ -179,14 +191,39 @@ def _weights(rollouts: Sequence[Rollout], output: StepOutput) -> Metrics:
     ]
     if masses:
         metrics["algo/top_k_mass_mean"] = float(np.concatenate(masses).mean())
-    if len(output.updates) > 1:
-        drift_B = _update_nats(rollouts, output)
+    if len(output.updates) > 1 or algorithm.reference == "proximal":
+        drift_B = log_w_B if algorithm.reference == "proximal" else _update_nats(trained, output)
         metrics["update/seq_nats_mean"] = float(drift_B.mean())
         metrics["update/seq_nats_abs_max"] = float(np.abs(drift_B).max())
-    for key, chosen_B in (("pos", advantage_B > 0), ("neg", advantage_B < 0)):
-        if chosen_B.any():  # a mean over no sequence is no number: the key is left out
-            metrics[f"algo/phi_{key}_mean"] = float(phi_B[chosen_B].mean())
+    if len(output.updates) > 1:
+        metrics |= _by_update(log_w_B, phi_B, advantage_B, weight_B, len(output.updates))
     return metrics
+
+
+_BY_UPDATE = ("ess_fraction", "ess_phi_fraction", "dead_fraction", "net_advantage")
+
+
+def _by_update(
+    log_w_B: Doubles, phi_B: Doubles, advantage_B: Doubles, weight_B: Doubles, num_updates: int
+) -> Metrics:
+    """How the weight of a batch is used up: one number for each update that took an equal share of it, in order."""
+    shares = [
+        np.split(x, num_updates) for x in (log_w_B, phi_B, advantage_B, weight_B)
+    ]  # groups stand one after the other
+    updates = [weight_statistics(*share) for share in zip(*shares, strict=True)]
+    metrics: Metrics = {
+        "algo/log_w_mean_updates": [float(x.mean()) for x in shares[0]],
+        "algo/log_w_std_updates": [float(x.std()) for x in shares[0]],
+        "algo/phi_mean_updates": [float(x.mean()) for x in shares[1]],
+    }
+    for key in _BY_UPDATE:
+        if all(key in update for update in updates):
+            metrics[f"algo/{key}_updates"] = [float(update[key]) for update in updates]  # pyright: ignore[reportArgumentType]
+    return metrics
+
+
+def _named(statistics: Mapping[str, float | list[float] | list[int]]) -> Metrics:
+    return {f"algo/{key}": value for key, value in statistics.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +256,9 @@ def _engines(seen: Sequence[Seen]) -> Metrics:
 
 def _update_nats(rollouts: Sequence[Rollout], output: StepOutput) -> Doubles:
     """[B] log pi_update - log pi_v: how far the updates before its own had moved the policy on each sequence."""
+    scored = output.scored[: len(rollouts)]
     start = sequence_nats(
-        [_sampled(r, scored.logp) for r, scored in zip(rollouts, output.scored, strict=True)],
+        [_sampled(r, one.logp) for r, one in zip(rollouts, scored, strict=True)],
         [_sampled(r, r.response.behavior_logp) for r in rollouts],
     )
     return output.log_w - start

@@ -109,7 +109,7 @@ class Observer:
         self._pending |= self._taken
         # In a thread: with long responses this takes seconds, for which nobody else waits.
         self._pending |= await asyncio.to_thread(
-            step_metrics, self._version, rollouts, output, rescored, sync
+            step_metrics, self._version, rollouts, output, rescored, sync, self._cfg.algorithm
         )
         self._pending |= self._failures() | _prompt_metrics(self._sources.prompts)
         self._pending |= self._sources.engine_metrics()

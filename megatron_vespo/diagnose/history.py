@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class SequenceTable:
     advantage: Doubles
     reward: Doubles
     log_w: Doubles
+    """nan, like the coefficient, where the update was left out (algorithm.min_living_weight)."""
     coefficient: Doubles
     staleness: Doubles
     """Mean over the tokens that the engine sampled, steps."""
@@ -45,6 +46,12 @@ class SequenceTable:
     """sum(policy - engine) under the same weights; nan where not re-scored."""
     stale_nats: Doubles
     """sum(engine now - engine when sampled); nan where not re-scored."""
+
+    @property
+    def trained(self) -> SequenceTable:
+        """Without the sequences that were left out."""
+        kept = np.isfinite(self.log_w)
+        return SequenceTable(**{field.name: getattr(self, field.name)[kept] for field in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,7 +187,8 @@ def _kernel(figure: Figure, history: History) -> None:
     density = axes.twinx()
     for advantage, signs, color, label in ((1.0, positive, GREEN, "A ≥ 0"), (-1.0, ~positive, RED, "A < 0")):
         density.hist(table.log_w[shown][signs], 80, range=(low, high), color=color, alpha=0.25)
-        axes.plot(x, _coefficient(history, x, advantage), color=color, linewidth=1, label=f"phi(W), {label}")
+        if (curve := _coefficient(history, x, advantage)) is not None:
+            axes.plot(x, curve, color=color, linewidth=1, label=f"c(W), {label}")
         axes.plot(
             table.log_w[shown][signs], table.coefficient[shown][signs], "o", color=color, alpha=0.25,
             markersize=6, markeredgewidth=0, label=f"trained, {label}", rasterized=True,
@@ -196,21 +197,85 @@ def _kernel(figure: Figure, history: History) -> None:
     density.set_axis_off()
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set(xlabel="log W, nats a sequence", ylabel="coefficient", xlim=(low, high))
-    axes.set_ylim(0, 1.45)
+    axes.set_ylim(0, 1.2 * max(1.2, np.quantile(table.coefficient, 0.998)))
     for handle in axes.legend(loc="upper left", ncols=2).get_lines():
         handle.set_alpha(1)
 
 
-def _coefficient(history: History, log_w: Doubles, advantage: float) -> Doubles:
-    """The function that trains, at sequences of one token: the very code, so that the curve cannot disagree."""
+_OF_W_ALONE = {"vespo", "reinforce", "importance_sampling", "seq_tis", "seq_mis", "topr"}
+"""Methods whose coefficient is a function of a sequence's W."""
+
+
+def _coefficient(history: History, log_w: Doubles, advantage: float) -> Doubles | None:
+    """The function that trains, by the very code, so that the curve cannot disagree; None where W alone does not decide."""
     import torch  # seconds to import, and only this panel needs it
 
     from megatron_vespo.algo.coefficients import Ratios, coefficient
 
     algorithm = AlgorithmConfig.model_validate(history.setting("algorithm", {}))
+    options = (
+        algorithm.vespo.length_exponent or algorithm.vespo.noise_aware or algorithm.correction.kind != "none"
+    )
+    if algorithm.name not in _OF_W_ALONE or algorithm.needs_whole_update or options:
+        return None
     x = torch.from_numpy(log_w)
     ratios = Ratios(log_ratio_S=x, log_w_N=x, num_tokens_N=torch.ones_like(x), seq_S=torch.arange(len(x)))
     return coefficient(algorithm, ratios, torch.full_like(x, advantage)).numpy()
+
+
+def _who_counts(figure: Figure, history: History) -> None:
+    axes = figure.subplots()
+    _line(axes, history, "algo/dead_fraction", color=RED, label="dead: coefficient < 0.01")
+    _line(axes, history, "algo/top1pct_share", color=BLUE, label="held by the largest 1 %")
+    _line(axes, history, "algo/net_advantage", color=GREEN, label="net: + reinforces, - suppresses")
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.set(xlabel="step", ylabel="share of the update")
+    axes.margins(y=0.3)
+    axes.legend(loc="upper left")
+
+
+def _by_update(figure: Figure, history: History) -> None:
+    records = [record for record in history.records if "algo/phi_mean_updates" in record]
+    if not records:
+        raise Missing("a batch has one update (loop.updates_per_batch = 1)")
+    late = records[-max(1, len(records) // 4) :]
+    num = min(len(record["algo/phi_mean_updates"]) for record in late)  # a guard may leave some out
+    axes = figure.subplots()
+    place = np.arange(1, num + 1)
+    for key, color, label in (
+        ("phi_mean", BLUE, "mean coefficient"),
+        ("ess_phi_fraction", ORANGE, "its effective sample size"),
+        ("ess_fraction", GREY, "that of raw W"),
+    ):
+        rows = [record[f"algo/{key}_updates"][:num] for record in late if f"algo/{key}_updates" in record]
+        if rows:
+            axes.plot(place, np.mean(rows, 0), color=color, label=label, marker=".")
+    axes.set(xlabel="update on the batch", ylabel="share of the weight", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(y=0.3)
+    axes.legend(loc="upper right")
+
+
+def _by_lag(figure: Figure, history: History) -> None:
+    records = [record for record in history.records if "algo/log_w_lag_count" in record]
+    size = max((len(record["algo/log_w_lag_count"]) for record in records), default=0)
+    if size < 2:
+        raise Missing("no sequence was older than the weights that it trained")
+    count, sums, squares = np.zeros((3, size))
+    for record in records:
+        n, mean, std = (np.array(record[f"algo/log_w_lag_{key}"]) for key in ("count", "mean", "std"))
+        count[: len(n)] += n
+        sums[: len(n)] += n * mean
+        squares[: len(n)] += n * (std**2 + mean**2)
+    lag = np.flatnonzero(count)
+    mean = sums[lag] / count[lag]
+    std = np.sqrt(np.maximum(squares[lag] / count[lag] - mean**2, 0))
+    axes = figure.subplots()
+    axes.errorbar(lag, mean, std, color=BLUE, marker="o", linestyle="none", capsize=4)
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.set(xlabel="mean staleness of the sequence, steps", ylabel="log W, nats: mean ± deviation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(0.15)
 
 
 # The two engines
@@ -393,7 +458,7 @@ def _log_scale(axes: Axes) -> None:
 def _sequences(history: History) -> SequenceTable:
     if history.sequences is None:
         raise Missing("there are no rollout files")
-    return history.sequences
+    return history.sequences.trained
 
 
 def _layers(history: History, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -439,6 +504,9 @@ RL_SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Importance weight over time", "log W = sum over the response of policy minus behavior log-prob.", _log_w_over_time),
         Panel("Distribution of log W", "All sequences, by the sign of their advantage.", _log_w_histogram),
         Panel("What the kernel leaves", "Mean coefficient per step. Near 1: data counts fully. Near 0: data is thrown away.", _phi_over_time),
+        Panel("Who decides the update?", "Contributions are weight * coefficient * advantage; on policy the net is 0.", _who_counts),
+        Panel("What is left of a batch?", "Update by update, mean over the last quarter of the steps.", _by_update),
+        Panel("How does log W grow with age?", "All steps together.", _by_lag),
         Panel("Where the data lies on the kernel", "Curve: the function that trained. Dots: trained sequences; bars: how many lie there.", _kernel),
     ),
     "Trainer against engine": (

@@ -93,8 +93,10 @@ class Grid:
     def answers(self, method: str, *args: Any) -> list[Any]:
         return self._pool.answers(self._world_size, method, *args)
 
-    def step(self, sequences, step_number=0, capture_experts=True):
-        return merge_step(self.call("step", sequences, step_number, capture_experts), sequences)
+    def step(self, sequences, step_number=0, capture_experts=True, noise_variance=0.0):
+        return merge_step(
+            self.call("step", sequences, step_number, capture_experts, noise_variance), sequences
+        )
 
     def score(self, sequences):
         return merge_scores(self.call("score", sequences), sequences)
@@ -169,8 +171,10 @@ class _Worker:
             destroy_process_groups()
         gc.collect()  # or the threads of the old process groups stay
 
-    def step(self, sequences, step_number, capture_experts):
-        return self.trainer.step(sequences, step_number, capture_experts=capture_experts)
+    def step(self, sequences, step_number, capture_experts, noise_variance=0.0):
+        return self.trainer.step(
+            sequences, step_number, capture_experts=capture_experts, noise_variance=noise_variance
+        )
 
     def score(self, sequences):
         return self.trainer.score(sequences)
@@ -184,7 +188,7 @@ class _Worker:
 
         trainer = self.trainer
         trainer._optimizer.zero_grad()
-        (work,) = trainer._works(sequences)
+        (work,) = trainer._works(sequences, 0.0)
         engine = trainer._cfg.router_replay == "engine"
         trainer._runner.run(work, Mode(train=True, replays_engine=engine))
         gradients = [

@@ -231,7 +231,6 @@ def _make_warm_start(seed: int) -> None:
         if (warm / "sft" / "final").exists():
             return
         shutil.rmtree(warm / "sft", ignore_errors=True)
-        write_inputs(warm / "inputs", seed)
         values = {
             "run_dir": str(warm / "sft"),
             "seed": seed,
@@ -239,7 +238,12 @@ def _make_warm_start(seed: int) -> None:
             "data.train": str(warm / "inputs" / "demonstrations.parquet"),
         }
         cfg = load_config(SftConfig, SFT, [f"{key}={json.dumps(value)}" for key, value in values.items()])
-        _in_child(lambda: finetune.finetune(cfg, resume=None, report=_no_report), warm / "sft.log")
+
+        def make() -> None:
+            write_inputs(warm / "inputs", seed)
+            finetune.finetune(cfg, resume=None, report=_no_report)
+
+        _in_child(make, warm / "sft.log")
 
 
 def _no_report(run_dir: Path) -> Path:

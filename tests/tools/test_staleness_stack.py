@@ -48,11 +48,21 @@ def test_every_n_makes_the_same_updates_of_the_same_size_and_is_evaluated_after_
     assert cfg.loop.max_staleness == 0
 
 
-def test_the_command_line_gives_the_same_configuration_again():
-    arguments = stack.overrides(stack.Settings.model_validate(CELL), Path("a place"), "http://h:1")
-    program, verb, path, *words = shlex.split(stack.command(arguments))
+def test_the_command_line_gives_the_same_configuration_again_and_names_no_place_outside_the_repository(
+    monkeypatch,
+):
+    arguments = stack.overrides(stack.Settings.model_validate(CELL), stack.RUNS / "a place", "http://h:1")
+    line = stack.command(arguments)
+    assert str(ROOT) not in line
+    program, verb, path, *words = shlex.split(line)
     assert (program, verb) == ("megatron-vespo", "train")
-    assert load_config(TrainConfig, ROOT / path, words) == load_config(TrainConfig, stack.TRAIN, arguments)
+    monkeypatch.chdir(ROOT)
+    by_hand, ours = (
+        load_config(TrainConfig, Path(path), words),
+        load_config(TrainConfig, stack.TRAIN, arguments),
+    )
+    assert by_hand.model.resolve() == ours.model and by_hand.run_dir.resolve() == ours.run_dir
+    assert (by_hand.algorithm, by_hand.loop, by_hand.trainer) == (ours.algorithm, ours.loop, ours.trainer)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,9 @@ from megatron_vespo.rundir import read_metrics
 from megatron_vespo.types import RunError
 from tools.staleness.task import write_inputs
 
-HERE = Path(__file__).parent
-RUNS = HERE.parent.parent / "runs" / "staleness"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+RUNS = ROOT / "runs" / "staleness"
 TRAIN, SFT = HERE / "stack.toml", HERE / "stack_sft.toml"
 PROMPTS_PER_UPDATE = 4
 EVALUATE_EVERY = 64
@@ -49,6 +50,7 @@ STATISTICS = {
     "log_w_std": "algo/log_w_std",
     "ess": "algo/ess_fraction",
     "phi_mean": "algo/phi_mean",
+    "dead": "algo/dead_fraction",
     "staleness": "staleness/mean_steps",
     "mismatch_abs_max": "mismatch/seq_nats_abs_max",
     "expert_mismatch": "experts/mismatch_fraction",
@@ -131,8 +133,9 @@ def overrides(settings: Settings, run_dir: Path, url: str) -> list[str]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """The line that repeats a cell by hand, once a server runs at its `rollout.external`."""
-    return shlex.join(["megatron-vespo", "train", str(TRAIN.relative_to(HERE.parent.parent)), *arguments])
+    """The line that repeats a cell by hand, in the root of the repository, once a server runs at its `rollout.external`."""
+    words = ["megatron-vespo", "train", str(TRAIN), *arguments]
+    return shlex.join(word.replace(f"{ROOT}/", "") for word in words)
 
 
 def outcome(records: Sequence[Record], updates_per_step: int) -> dict[str, Any]:

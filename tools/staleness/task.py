@@ -2,7 +2,7 @@
 
 An answer is a random string.  At six places of each, the demonstrations are right in 8 of 10 cases and otherwise show that
 place's one distractor, so that a model fine-tuned on them samples the whole answer in about 0.8^6 = 26 of 100 cases.  Single
-tokens do not suffice: a policy that is one decision deep does not collapse on stale data (research/vespo-algorithm.md 6.5).
+tokens do not suffice: a policy that is one decision deep does not collapse on stale data.
 
 Model, tokenizer and chat template are the demo's (megatron_vespo/data/demo.py), with half of its layers.
 """

@@ -375,6 +375,8 @@ class EvaluationConfig(_Section):
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(gt=0, lt=1)]
+AtLeastOne = Annotated[float, Field(ge=1)]
+AboveOne = Annotated[float, Field(gt=1)]
 
 
 class VespoConfig(_Section):
@@ -386,12 +388,14 @@ class VespoConfig(_Section):
     length_exponent: Fraction = 0.0
     """The kernel takes log W / T^e: 0 is the paper's W, 0.5 and 1 its two ablations."""
     budget: PositiveFloat | None = None
-    """C: lam is solved anew for every update and sign, so that E_Q[W] <= C (algo/kernel.py); costs a forward pass."""
+    """C: lam is solved anew for every update and sign, so that E_Q[W] <= C (algo/kernel.py), in place of `lam`; costs a forward
+    pass."""
     ess_target: BelowOne | None = None
-    """phi^s with the greatest s <= 1 for which the effective sample size of the update is this share of its sequences; costs
-    a forward pass."""
+    """phi^s with the greatest s in [0.1, 1] for which the effective sample size of the update is this share of its sequences;
+    costs a forward pass."""
     noise_aware: bool = False
-    """Take the engine's own noise, measured on the canary, out of log W before the kernel sees it (reference = "behavior")."""
+    """Take the engine's own noise out of log W before the kernel sees it (reference = "behavior"); it is measured on each batch
+    that both engines score, and on the canary before the first."""
 
     @model_validator(mode="after")
     def _one_thing_is_adapted(self) -> VespoConfig:
@@ -407,7 +411,7 @@ class GrpoConfig(_Section):
 
     clip: tuple[BelowOne, PositiveFloat] = (0.2, 0.28)
     """The ratio counts from 1 - clip[0] where A < 0, and up to 1 + clip[1] where A > 0."""
-    dual_clip: Annotated[float, Field(gt=1)] = 3.0
+    dual_clip: AboveOne = 3.0
     """Where A < 0 the ratio counts up to here; a great number switches it off."""
 
 
@@ -428,33 +432,42 @@ class SapoConfig(_Section):
 class CispoConfig(_Section):
     """Token ratio, truncated."""
 
-    max_ratio: PositiveFloat = 1.28
+    max_ratio: AtLeastOne = 1.28
     """MiniMax-M1 names no value; DAPO's clip-higher is meant here, ScaleRL uses 4 to 6."""
 
 
 class TisConfig(_Section):
     """Whole-sequence W, truncated."""
 
-    max_weight: PositiveFloat = 2.0
+    max_weight: AtLeastOne = 2.0
 
 
 class MisConfig(_Section):
     """Whole-sequence W within a band, else nothing."""
 
-    band: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
+    band: tuple[BelowOne, AboveOne] = (0.5, 2.0)
 
 
 class BapoConfig(_Section):
     """GRPO's surrogate with bounds that move until positive samples have their share (values of the released script)."""
 
-    low: tuple[PositiveFloat, PositiveFloat] = (0.8, 0.95)
+    low: tuple[BelowOne, BelowOne] = (0.8, 0.95)
     """First and last lower bound of the ratio."""
-    high: tuple[PositiveFloat, PositiveFloat] = (1.2, 2.0)
+    high: tuple[AboveOne, AboveOne] = (1.2, 2.0)
     """First and last upper bound."""
     step: PositiveFloat = 0.05
     min_positive: PositiveFloat = 0.5
     """Least quotient of the surrogates of positive and negative samples; raising the lower bound is tried first."""
-    dual_clip: Annotated[float, Field(gt=1)] = 3.0
+    dual_clip: AboveOne = 3.0
+
+    @model_validator(mode="after")
+    def _bounds_open(self) -> BapoConfig:
+        for name, (first, last) in (("low", self.low), ("high", self.high)):
+            if first > last:
+                raise ValueError(
+                    f"{name} = {[first, last]}: expected (first, last), because the bound is raised from one to the other; swap them"
+                )
+        return self
 
 
 class M2poConfig(_Section):
@@ -470,7 +483,7 @@ class CorrectionConfig(_Section):
     kind: Literal["none", "token_tis", "icepop", "sequence_mask"] = "none"
     """"token_tis": rho truncated; "icepop": rho within the band, else 0; "sequence_mask": rho, 0 for the whole sequence where
     its geometric mean leaves the band."""
-    band: tuple[NotNegative, PositiveFloat] | None = None
+    band: tuple[Annotated[float, Field(ge=0, lt=1)], AboveOne] | None = None
     """Default, as published: (0, 2) for token_tis, (0.5, 5) for icepop, (0.999, 1.002) for sequence_mask."""
 
     @model_validator(mode="after")
@@ -479,8 +492,6 @@ class CorrectionConfig(_Section):
             raise ValueError(
                 f"band = {self.band}: bounds a correction, and kind = 'none'; choose one, or take band out"
             )
-        if self.band is not None and self.band[0] >= self.band[1]:
-            raise ValueError(f"band = {self.band}: expected (low, high) with low < high; mend it")
         return self
 
 
@@ -538,6 +549,11 @@ class AlgorithmConfig(_Section):
         return published.get(self.name, "token_mean")
 
     @property
+    def needs_start(self) -> bool:
+        """Whether a batch is scored under the weights of its start even where it has one update."""
+        return self.needs_whole_update or self.reference == "proximal"
+
+    @property
     def needs_whole_update(self) -> bool:
         """Whether a coefficient depends on the other sequences of the update: they are surveyed by a forward pass of their own."""
         adapts = self.name == "vespo" and (self.vespo.budget or self.vespo.ess_target)
@@ -564,6 +580,17 @@ class AlgorithmConfig(_Section):
                 f"correction.kind = '{self.correction.kind}': with reference = 'behavior' the ratios contain the engine's part "
                 "already, and it would count twice; set reference = 'proximal', or kind = 'none'"
             )
+        if self.name == "reinforce" and self.correction.kind == "none":
+            for field, value, unused in (
+                ("reference", self.reference, self.reference == "proximal"),
+                ("zero_mean", self.zero_mean, self.zero_mean),
+                ("min_living_weight", self.min_living_weight, self.min_living_weight > 0),
+            ):
+                if unused:
+                    raise ValueError(
+                        f"{field} = {value!r}: changes nothing with name = 'reinforce' without a correction, whose coefficient is 1 "
+                        "whatever the ratios are; take it out"
+                    )
         if self.vespo.noise_aware and self.reference == "proximal":
             raise ValueError(
                 "vespo.noise_aware = true: takes the engine's noise out of W, and with reference = 'proximal' there is none in it; "
@@ -658,6 +685,20 @@ class TrainConfig(_RunConfig):
             raise ValueError(
                 f"loop.updates_per_batch = {self.loop.updates_per_batch}: must divide loop.prompts_per_step = "
                 f"{self.loop.prompts_per_step}, because each update takes an equal share of the groups; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ratios_are_not_all_1(self) -> TrainConfig:
+        algorithm = self.algorithm
+        if algorithm.reference == "behavior" or self.loop.updates_per_batch > 1:
+            return self
+        adapts = algorithm.ess_learning_rate or algorithm.vespo.budget or algorithm.vespo.ess_target
+        if algorithm.correction.kind == "none" or adapts:
+            raise ValueError(
+                "algorithm.reference = 'proximal': with loop.updates_per_batch = 1 the weights are still those of the start of the "
+                "batch, and every ratio is 1: no method and no option that looks at W does anything; raise updates_per_batch, leave a "
+                "correction alone, or set reference = 'behavior'"
             )
         return self
 

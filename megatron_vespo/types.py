@@ -143,8 +143,13 @@ class TrainSequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def is_trained(self) -> Mask:
+        """[T] which response tokens carry loss."""
+        return np.ones(self.num_response_tokens, np.bool_) if self.sampled is None else self.sampled
+
+    @property
     def num_trained_tokens(self) -> int:
-        """Response tokens that carry loss."""
+        """How many of them."""
         return self.num_response_tokens if self.sampled is None else int(self.sampled.sum())
 
 

@@ -93,6 +93,33 @@ def test_a_missing_field_is_named(tmp_path):
         (["rollout.sync_timeout_s=700.0"], "must be below trainer.collective_timeout_s"),
         (["algorithm.vespo.lam=[-3.0, 2.0]"], "algorithm.vespo.lam.0 = -3.0: input should be greater than 0"),
         (["algorithm.vespo.k=[nan, 2.0]"], "algorithm.vespo.k.0"),
+        (["algorithm.grpo.dual_clip=5.0"], "algorithm: grpo = ...: is not used with name = 'vespo'"),
+        (
+            ["algorithm.vespo.budget=1.0", "algorithm.vespo.ess_target=0.5"],
+            "ess_target = 0.5: tempers the kernel",
+        ),
+        (["algorithm.correction.kind=icepop"], "it would count twice; set reference = 'proximal'"),
+        (
+            ["algorithm.correction.band=[0.5, 2.0]"],
+            "band = (0.5, 2.0): bounds a correction, and kind = 'none'",
+        ),
+        (
+            ["algorithm.vespo.noise_aware=true", "algorithm.reference=proximal"],
+            "with reference = 'proximal' there is none in it",
+        ),
+        (
+            ["algorithm.name=reinforce", "algorithm.reference=proximal"],
+            "changes nothing with name = 'reinforce'",
+        ),
+        (["algorithm.name=reinforce", "algorithm.zero_mean=true"], "zero_mean = True: changes nothing"),
+        (["algorithm.reference=proximal"], "every ratio is 1"),
+        (
+            ["algorithm.name=bapo", "algorithm.bapo.low=[0.9, 0.8]"],
+            "low = [0.9, 0.8]: expected (first, last)",
+        ),
+        (["algorithm.name=seq_mis", "algorithm.seq_mis.band=[0.5, 0.9]"], "input should be greater than 1"),
+        (["algorithm.min_living_weight=0.3"], "loop.updates_per_batch = 1 has none"),
+        (["algorithm.kl_reference=other"], "is not used with kl_coeff = 0"),
         (
             ["trainer.optimizer.betas=[0.9, 1.0]"],
             "trainer.optimizer.betas.1 = 1.0: input should be less than 1",
@@ -101,6 +128,19 @@ def test_a_missing_field_is_named(tmp_path):
 )
 def test_combinations_that_cannot_work_are_refused(minimal, overrides, expected):
     assert expected in refused(minimal, *overrides)
+
+
+def test_a_method_brings_its_own_aggregation_and_says_whether_it_needs_the_whole_update(minimal):
+    def algorithm(*overrides: str):
+        return load_config(TrainConfig, minimal, overrides).algorithm
+
+    assert algorithm().resolved_aggregation == "token_mean" and not algorithm().needs_whole_update
+    assert algorithm("algorithm.name=gspo").resolved_aggregation == "seq_mean_token_mean"
+    assert algorithm("algorithm.name=topr").resolved_aggregation == "seq_mean_token_sum"
+    same = algorithm("algorithm.name=gspo", "algorithm.aggregation=token_mean")
+    assert same.resolved_aggregation == "token_mean"
+    assert algorithm("algorithm.name=m2po").needs_whole_update
+    assert algorithm("algorithm.vespo.ess_target=0.5").needs_whole_update
 
 
 def test_files_and_overrides_that_are_no_toml_are_refused(minimal, tmp_path):

@@ -84,5 +84,4 @@ def zero_mean(advantage_B: Doubles, coefficient_B: Doubles, group_B: Ints) -> Do
     living = np.bincount(group, coefficient_B)
     net = np.bincount(group, coefficient_B * advantage_B)
     shift = np.divide(net, living, out=np.zeros_like(net), where=living > 0)
-    has_signal = np.bincount(group, np.abs(advantage_B)) > 0
-    return np.where(has_signal[group], advantage_B - shift[group], advantage_B)
+    return advantage_B - shift[group]

@@ -62,12 +62,14 @@ def vespo(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -> Te
     if cfg.length_exponent:
         log_w_N = log_w_N / ratios.num_tokens_N**cfg.length_exponent
     positive_N = advantage_N >= 0
+    # Only what has a gradient is adapted to.
+    informs_N = (advantage_N != 0) & (ratios.num_tokens_N > 0)
     lam = cfg.lam
     if cfg.budget is not None:
-        lam = _solved_lam(log_w_N, advantage_N, algorithm)
+        lam = _solved_lam(log_w_N[informs_N], advantage_N[informs_N], algorithm)
     log_phi_N = kernel.log_phi(log_w_N, _by_sign(cfg.k, positive_N), _by_sign(lam, positive_N))
-    if cfg.ess_target is not None and (advantage_N != 0).any():
-        log_phi_N = kernel.tempered(log_phi_N[advantage_N != 0], cfg.ess_target) * log_phi_N
+    if cfg.ess_target is not None and informs_N.any():
+        log_phi_N = kernel.tempered(log_phi_N[informs_N], cfg.ess_target) * log_phi_N
     return log_phi_N.exp()[ratios.seq_S]
 
 
@@ -77,8 +79,12 @@ def reinforce(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -
 
 
 def importance_sampling(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -> Tensor:
-    """c = W: the gradient of E_mu[W A], unbiased, of unbounded variance."""
-    return ratios.log_w_N.exp()[ratios.seq_S]
+    """c = W: the gradient of E_mu[W A], unbiased, of unbounded variance.
+
+    W ends at exp(600): a sequence without advantage has nothing to multiply infinity with, and sums over its tokens must be
+    finite.
+    """
+    return ratios.log_w_N.clamp(max=600).exp()[ratios.seq_S]
 
 
 def seq_tis(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -> Tensor:
@@ -142,15 +148,16 @@ def bapo(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -> Ten
 
     While  P / |M| < min_positive  the lower bound is raised, then the upper one, in steps up to their last values, where
     P and M are the sums over all tokens of the update of  min(r, high) A  for A > 0 and  max(r, low) A  for A < 0.
-    Tokens count alike in both sums.  Must be given the whole update.
+    Tokens count alike in both sums.  M grows with the lower bound, so that this one always ends at its last value before the
+    upper one moves.  Must be given the whole update.
     """
     cfg = algorithm.bapo
     r_S, advantage_S = ratios.log_ratio_S.exp(), advantage_N[ratios.seq_S]
     low, high = cfg.low[0], cfg.high[0]
 
     def unbalanced() -> bool:
-        positive = (r_S.clamp(max=high) * advantage_S.clamp(min=0)).sum()
-        negative = (r_S.clamp(min=low) * advantage_S.clamp(max=0)).sum().abs()
+        positive = (r_S.clamp(max=high) * advantage_S)[advantage_S > 0].sum()
+        negative = (r_S.clamp(min=low) * -advantage_S)[advantage_S < 0].sum()
         return bool(positive < cfg.min_positive * negative)
 
     while low < cfg.low[1] and unbalanced():
@@ -170,11 +177,12 @@ def m2po(ratios: Ratios, advantage_N: Tensor, algorithm: AlgorithmConfig) -> Ten
     square_S = ratios.log_ratio_S.square()
     ascending, order = square_S.sort()
     means = ascending.cumsum(0) / torch.arange(1, len(ascending) + 1, device=ascending.device)
-    counts_S = torch.zeros_like(square_S, dtype=torch.bool)
-    counts_S[order[means <= algorithm.m2po.max_second_moment]] = True  # means rise: these are the first ones
+    within = means <= algorithm.m2po.max_second_moment  # means rise: these are the first ones
+    counts_S = torch.empty_like(within).scatter_(0, order, within)
     return torch.where(counts_S, ratios.log_ratio_S.exp(), 0.0)
 
 
+@torch.no_grad()
 def coefficient(algorithm: AlgorithmConfig, ratios: Ratios, advantage_N: Tensor) -> Tensor:
     """The configured algorithm's coefficient times the engine's correction, [S], detached, in the dtype of `log_ratio_S`.
 
@@ -187,7 +195,7 @@ def coefficient(algorithm: AlgorithmConfig, ratios: Ratios, advantage_N: Tensor)
         c_S = c_S * correction(
             algorithm.correction, ratios.log_rho_S, ratios.log_rho_N / ratios.num_tokens_N, ratios.seq_S
         )
-    return c_S.detach().to(ratios.log_ratio_S.dtype)
+    return c_S.to(ratios.log_ratio_S.dtype)
 
 
 def _by_sign(pair: tuple[float, float], positive_N: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The engine's part of the gap between pi and mu, as a bounded factor of each token.
+"""The engine's part of the gap between pi and mu, as a factor of each token that a band bounds.
 
 Trainer and engine compute the log-probs of one policy differently: rho_t = pi_start(y_t) / mu(y_t) is 1 but for rounding,
 routing and staleness at the start of the batch.  It is kept apart from the ratios of the algorithm, bounded, and applied
@@ -23,7 +23,8 @@ def correction(cfg: CorrectionConfig, log_rho_S: Tensor, mean_log_rho_N: Tensor,
 
         token_tis      min(max(rho, low), high)                        (Yao et al. 2025; slime, verl)
         icepop         rho where low <= rho <= high, else 0            (IcePop, Ring-1T)
-        sequence_mask  rho where low <= g <= high, else 0, g the geometric mean of rho over the response   (NeMo-RL)
+        sequence_mask  rho where low <= g <= high, else 0, g the geometric mean of rho over the response   (NeMo-RL);
+                       a single token's rho is not bounded
 
     Args:
         mean_log_rho_N: float64, log g of each whole response.

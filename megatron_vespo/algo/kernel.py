@@ -21,8 +21,12 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_vespo.algo.statistics import effective_fraction
+
 _LAM_RANGE = (0.1, 20.0)
 """Of a solved lam: below, phi is hardly bounded; above, hardly a sequence lives."""
+_LEAST_POWER = 0.1
+"""Of a tempered phi: below, it hardly depends on W any more, and at 0 dead sequences would count in full."""
 _DRIFT_VARIANCE = 1.0
 """Of log W by the policy's own drift, as `denoised` expects it: the width of the band in which phi lives."""
 
@@ -44,7 +48,7 @@ def surrogate(w: Tensor, k: float, lam: float) -> Tensor:
     Because grad W = W grad log pi.  It saturates at exp(lam) Gamma(k) / lam^k.  For plots and tests, k > 0.
     """
     shape = torch.as_tensor(k, dtype=w.dtype)
-    return math.exp(lam + math.lgamma(k)) * lam**-k * torch.special.gammainc(shape, lam * w)
+    return math.exp(lam + math.lgamma(k)) * lam**-k * torch.igamma(shape, lam * w)
 
 
 def solved_lam(log_w_N: Tensor, k: float, budget: float) -> float:
@@ -83,24 +87,21 @@ def _tilted_moments(log_w_N: Tensor, k: float, lam: float) -> tuple[float, float
 
 
 def tempered(log_phi_N: Tensor, ess_target: float) -> float:
-    """The greatest s <= 1 for which phi^s, the kernel of (s k, s lam), keeps an effective sample size of `ess_target`.
+    """The greatest s in [0.1, 1] for which phi^s, the kernel of (s k, s lam), keeps an effective sample size of `ess_target`.
 
-    ESS(s) / n = (sum phi^s)^2 / (n sum phi^2s)      falls from 1 at s = 0
+        ESS(s) / n = (sum phi^s)^2 / (n sum phi^2s)      falls as s grows
+
+    Where even s = 0.1 keeps less, it is 0.1: so much data has died that no kernel should bring it back.
     """
-    low, high = 0.0, 1.0
-    if effective_fraction(log_phi_N) >= ess_target:
+    log_phi = log_phi_N.cpu().numpy()
+    low, high = _LEAST_POWER, 1.0
+    if effective_fraction(log_phi) >= ess_target:
         return high
     for _ in range(60):
         middle = (low + high) / 2
-        reached = effective_fraction(middle * log_phi_N) >= ess_target
+        reached = effective_fraction(middle * log_phi) >= ess_target
         low, high = (middle, high) if reached else (low, middle)
     return low
-
-
-def effective_fraction(log_weight_N: Tensor) -> float:
-    """ESS / n = (sum w)^2 / (n sum w^2), in (0, 1], of weights given by their logarithms, without overflow."""
-    total = 2 * torch.logsumexp(log_weight_N, 0) - torch.logsumexp(2 * log_weight_N, 0)
-    return math.exp(float(total)) / len(log_weight_N)
 
 
 def denoised(log_w_N: Tensor, num_tokens_N: Tensor, noise_variance: float) -> Tensor:
@@ -111,7 +112,8 @@ def denoised(log_w_N: Tensor, num_tokens_N: Tensor, noise_variance: float) -> Te
 
         E[d | log W] = (log W + s / 2) / (1 + s).
 
-    As sigma^2 T grows this goes to 1/2 whatever log W is: what cannot be known is not corrected.
+    Of such a sequence log W + s / 2 is N(0, 1 + s), so that the estimate is N(0, 1 / (1 + s)): as sigma^2 T grows it goes to
+    0, and what cannot be known is not corrected.
     """
     noise_N = noise_variance * num_tokens_N
     return _DRIFT_VARIANCE * (log_w_N + noise_N / 2) / (_DRIFT_VARIANCE + noise_N)

@@ -32,7 +32,9 @@ def kl_penalty(logp_S: Tensor, reference_logp_S: Tensor) -> Tensor:
 
         k3 = exp(r) - r - 1 >= 0      r = log reference - log pi      d k3 / d log pi = 1 - exp(r)
 
-    An expectation over pi that is taken over the tokens at hand, as GRPO does: stale tokens are not reweighted.
+    Its value is the divergence in expectation over pi; its slope, as in GRPO, is in that expectation the one of
+    KL(reference || pi), which pulls pi towards all that the reference does.  It is taken over the tokens at hand: stale ones
+    are not reweighted.
     """
     r = reference_logp_S.detach() - logp_S
     return r.expm1() - r

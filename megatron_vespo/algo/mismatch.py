@@ -19,7 +19,7 @@ from megatron_vespo.types import Doubles, Experts, Floats
 def token_gap(logp_S: Floats, reference_S: Floats) -> dict[str, float]:
     """Token-level statistics of d = logp - reference.
 
-    k1 = -mean d      k3 = mean(exp(d) - 1 - d) >= 0      abs_mean, abs_p99, abs_max of |d|
+    k1 = -mean d      k3 = mean(exp(d) - 1 - d) >= 0      abs_mean, abs_p99, abs_max of |d|      square_mean = mean d^2
     """
     d = logp_S.astype(np.float64) - reference_S.astype(np.float64)
     size = np.abs(d)
@@ -29,6 +29,7 @@ def token_gap(logp_S: Floats, reference_S: Floats) -> dict[str, float]:
         "abs_mean_nats": float(size.mean()),
         "abs_p99_nats": float(np.quantile(size, 0.99)),
         "abs_max_nats": float(size.max()),
+        "square_mean_nats2": float(np.square(d).mean()),
     }
 
 
@@ -38,12 +39,6 @@ def sequence_nats(logp_B: Sequence[Floats], reference_B: Sequence[Floats]) -> Do
         np.sum(logp.astype(np.float64) - reference.astype(np.float64))
         for logp, reference in zip(logp_B, reference_B, strict=True)
     ])  # fmt: skip
-
-
-def effective_sample_fraction(log_w_B: Doubles) -> float:
-    """ESS / B = (sum W)^2 / (B sum W^2), in (0, 1]; computed from log W without overflow."""
-    w = np.exp(log_w_B - np.max(log_w_B))
-    return float(w.sum() ** 2 / (len(w) * np.square(w).sum()))
 
 
 def expert_overlap(experts_RLK: Experts, reference_RLK: Experts) -> Doubles:

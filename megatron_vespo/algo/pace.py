@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_vespo.algo.mismatch import effective_sample_fraction
+from megatron_vespo.algo.statistics import effective_fraction, effective_fraction_of
 from megatron_vespo.config import AlgorithmConfig
 from megatron_vespo.types import Doubles
 
@@ -17,8 +17,13 @@ def rate_factor(algorithm: AlgorithmConfig, log_w_N: Doubles) -> float:
 
     The variance of the gradient grows like n / ESS, and Adam's steps have the size of the learning rate whatever the gradient's:
     the square root keeps the noise that an update adds to the weights as it is on-policy.
+
+    Args:
+        log_w_N: of the sequences that have an advantage; none of them is no reason to slow down.
     """
-    return float(np.sqrt(effective_sample_fraction(log_w_N))) if algorithm.ess_learning_rate else 1.0
+    if not algorithm.ess_learning_rate or not len(log_w_N):
+        return 1.0
+    return float(np.sqrt(effective_fraction(log_w_N)))
 
 
 def is_spent(algorithm: AlgorithmConfig, coefficient_N: Doubles) -> bool:
@@ -41,7 +46,4 @@ def is_spent(algorithm: AlgorithmConfig, coefficient_N: Doubles) -> bool:
 
 def living_weight(coefficient_N: Doubles) -> float:
     """min(mean c, ESS_c / n), 0 where every coefficient is 0."""
-    total = coefficient_N.sum()
-    if total <= 0:
-        return 0.0
-    return float(min(coefficient_N.mean(), total**2 / (len(coefficient_N) * np.square(coefficient_N).sum())))
+    return min(float(coefficient_N.mean()), effective_fraction_of(coefficient_N))

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from megatron_vespo.algo.mismatch import effective_sample_fraction
 from megatron_vespo.types import Doubles, Ints
 
 HISTOGRAM_EDGES = np.arange(-8.0, 8.01, 0.25)
@@ -23,6 +22,25 @@ DEAD = 0.01
 _NUM_TOP = 8
 
 Statistics = dict[str, float | list[float] | list[int]]
+
+
+def effective_fraction(log_weight_N: Doubles) -> float:
+    """ESS / n = (sum w)^2 / (n sum w^2) of weights given by their logarithms, without overflow.
+
+    Returns:
+        From 1 / n to 1; 0 where every weight is 0.
+    """
+    largest = log_weight_N.max()
+    if largest == -np.inf:
+        return 0.0
+    w = np.exp(log_weight_N - largest)
+    return float(w.sum() ** 2 / (len(w) * np.square(w).sum()))
+
+
+def effective_fraction_of(weight_N: Doubles) -> float:
+    """The same of weights >= 0 themselves."""
+    with np.errstate(divide="ignore"):  # log 0
+        return effective_fraction(np.log(weight_N))
 
 
 def weight_statistics(
@@ -35,14 +53,16 @@ def weight_statistics(
         log_w_SIGN_mean, _std, _p01, _p50, _p99, _histogram     of log W, nats
         phi_SIGN_mean, _std                                     of the coefficient c
         tilted_w_SIGN       E_Q[W] = sum c W / sum c, the budget C that this c amounts to (VESPO, section 3)
+                            where the kernel takes W itself
 
     Of all sequences that have an advantage:
 
+        phi_mean            of the coefficient
         ess_fraction        (sum W)^2 / (n sum W^2), in (0, 1]
         ess_phi_fraction    the same of c
         dead_fraction       share with c < 0.01
-        net_advantage       sum g / sum |g|, g = weight c A: 0 on policy, +1 where only reinforcement is left
-        top1pct_share       share of sum |g| that the largest 1 % of the sequences hold (at least one sequence)
+        net_advantage       sum c A / sum |c A|: 0 on policy, +1 where only reinforcement is left
+        top1pct_share       share of sum |g|, g = weight c A, that the largest 1 % of the sequences hold (at least one)
         top_sequences       the places of the 8 largest |g|, in descending order
 
     Args:
@@ -59,15 +79,16 @@ def weight_statistics(
     for sign, chosen in (("pos", advantage > 0), ("neg", advantage < 0)):
         if chosen.any():  # a mean over no sequence is no number: the key is left out
             statistics |= _of_one_sign(sign, log_w[chosen], c[chosen])
-    pull = weight_N[has_signal] * c * advantage
-    size = np.abs(pull)
+    net = c * advantage
+    size = weight_N[has_signal] * np.abs(net)
     descending = np.argsort(-size, kind="stable")
     total = size.sum()
     return statistics | {
-        "ess_fraction": effective_sample_fraction(log_w),
-        "ess_phi_fraction": float(c.sum() ** 2 / (len(c) * np.square(c).sum())) if c.any() else 0.0,
+        "phi_mean": float(c.mean()),
+        "ess_fraction": effective_fraction(log_w),
+        "ess_phi_fraction": effective_fraction_of(c),
         "dead_fraction": float((c < DEAD).mean()),
-        "net_advantage": float(pull.sum() / total) if total else 0.0,
+        "net_advantage": float(net.sum() / np.abs(net).sum()) if c.any() else 0.0,
         "top1pct_share": float(size[descending[: -(-len(c) // 100)]].sum() / total) if total else 0.0,
         "top_sequences": [int(i) for i in has_signal[descending[:_NUM_TOP]]],
     }

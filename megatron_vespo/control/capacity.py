@@ -134,14 +134,16 @@ def workload(cfg: TrainConfig | SftConfig, mean_response_tokens: float | None) -
     longest = padded_length(
         cfg.prompts.max_prompt_tokens + cfg.sampling.max_response_tokens, cfg.trainer.layout
     )
-    has_reference = cfg.algorithm.kl_coeff > 0
+    has_reference, num = cfg.algorithm.kl_coeff > 0, cfg.loop.updates_per_batch
+    before = num > 1 or cfg.algorithm.needs_start
+    surveys = (num - 1) / num if cfg.algorithm.needs_whole_update else 0  # the first one is the pass before
     return Workload(
         num_sequences=cfg.loop.prompts_per_step * cfg.loop.group_size,
         max_tokens=longest,
         mean_tokens=min(longest, cfg.prompts.max_prompt_tokens + mean),
         mean_response_tokens=mean,
-        num_updates=cfg.loop.updates_per_batch,
-        num_scoring=(cfg.loop.updates_per_batch > 1) + has_reference,
+        num_updates=num,
+        num_scoring=before + surveys + has_reference,
         has_reference=has_reference,
         sync_bucket_bytes=cfg.rollout.sync_bucket_bytes,
     )

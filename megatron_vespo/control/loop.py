@@ -34,8 +34,7 @@ async def train(
     progress; an exception of any task ends it at once.
     """
     version = observer.progress.version
-    sync = await publisher.publish(version)  # mu = pi before the first token
-    observer.started(sync)
+    observer.started(await publisher.publish(version))  # mu = pi before the first token
 
     async with asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(publisher.follow())]  # engines that come (back) between two steps
@@ -60,7 +59,7 @@ async def train(
             ]
             # 2. log mu_v of the same tokens, beside the step on version v: ascend E[ phi(W) A grad log pi_v ]
             rescoring = tasks.create_task(sampler.rescore(batch, cfg.loop.rescored_sequences))
-            output = await clock.lap("train", trainer.step(batch, sync.canary_variance))
+            output = await clock.lap("train", trainer.step(batch, observer.noise_variance))
             rescored = await clock.lap("score", rescoring)
             # 3. mu <- pi, then admit as many new prompts
             version += 1

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vespo.algo.advantages import zero_mean
 from megatron_vespo.algo.loss import token_weights
 from megatron_vespo.algo.mismatch import (
     expert_gap,
@@ -35,7 +36,7 @@ T = TypeVar("T", bound=np.generic)
 
 def step_metrics(
     version: int,
-    rollouts: Sequence[Rollout],
+    groups: Sequence[Group],
     output: StepOutput,
     rescored: Sequence[Scored | None],
     sync: SyncReport,
@@ -43,7 +44,7 @@ def step_metrics(
 ) -> Metrics:
     """Everything that one step tells about learning and about off-policyness.
 
-    Log W splits exactly, token by token, for a batch trained on top of version v:
+    Against the behavior, log W splits exactly, token by token, for a batch trained on top of version v:
 
         log pi_v - log mu_old  =  (log pi_v - log mu_v)  +  (log mu_v - log mu_old)
                   log W                  mismatch                   staleness
@@ -54,10 +55,11 @@ def step_metrics(
     Args:
         rescored: None where a sequence was not scored again.
     """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
     return {
         **_learning(rollouts),
         **_staleness(version, rollouts),
-        **_weights(version, rollouts, output, algorithm),
+        **_weights(version, groups, output, algorithm),
         **_engines(
             [
                 Seen(trainer=ours, engine=theirs, then=rollout)
@@ -165,25 +167,29 @@ def _staleness(version: int, rollouts: Sequence[Rollout]) -> Metrics:
 
 
 def _weights(
-    version: int, rollouts: Sequence[Rollout], output: StepOutput, algorithm: AlgorithmConfig
+    version: int, groups: Sequence[Group], output: StepOutput, algorithm: AlgorithmConfig
 ) -> Metrics:
     """Importance weights and coefficients of what was trained on, of the batch as a whole and of each update."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
     trained = rollouts[: len(output.log_w)]
     log_w_B, phi_B = output.log_w, output.coefficient
     advantage_B = np.array([r.advantage for r in trained])
+    if algorithm.zero_mean:
+        group_B = np.repeat(np.arange(len(groups)), [len(group.rollouts) for group in groups])
+        advantage_B = zero_mean(advantage_B, phi_B, group_B[: len(trained)].astype(np.int32))
     num_B = np.array([r.response.num_sampled for r in trained])
-    lag_B = np.array([round(float((version - 1 - _sampled(r, r.response.versions)).mean())) for r in trained])
+    lag_B = np.array([(version - 1 - _sampled(r, r.response.versions)).mean() for r in trained])
     weight_B = num_B * token_weights(num_B.tolist(), algorithm.resolved_aggregation)
     metrics: Metrics = {
         "algo/log_w_mean": float(log_w_B.mean()),
         "algo/log_w_std": float(log_w_B.std()),
         "algo/log_w_min": float(log_w_B.min()),
         "algo/log_w_max": float(log_w_B.max()),
-        "algo/phi_mean": float(phi_B.mean()),
         "algo/entropy_nats": float(_entropy(rollouts, output).mean()),
         **_named(weight_statistics(log_w_B, phi_B, advantage_B, weight_B)),
-        **_named(by_lag(log_w_B, lag_B)),
     }
+    if algorithm.reference == "behavior":  # else W knows nothing of the age
+        metrics |= _named(by_lag(log_w_B, np.floor(lag_B + 0.5).astype(np.int32)))
     masses = [
         _sampled(r, s.top_k_mass)
         for r, s in zip(rollouts, output.scored, strict=True)
@@ -200,9 +206,6 @@ def _weights(
     return metrics
 
 
-_BY_UPDATE = ("ess_fraction", "ess_phi_fraction", "dead_fraction", "net_advantage")
-
-
 def _by_update(
     log_w_B: Doubles, phi_B: Doubles, advantage_B: Doubles, weight_B: Doubles, num_updates: int
 ) -> Metrics:
@@ -214,11 +217,11 @@ def _by_update(
     metrics: Metrics = {
         "algo/log_w_mean_updates": [float(x.mean()) for x in shares[0]],
         "algo/log_w_std_updates": [float(x.std()) for x in shares[0]],
-        "algo/phi_mean_updates": [float(x.mean()) for x in shares[1]],
     }
-    for key in _BY_UPDATE:
-        if all(key in update for update in updates):
-            metrics[f"algo/{key}_updates"] = [float(update[key]) for update in updates]  # pyright: ignore[reportArgumentType]
+    for key in ("phi_mean", "ess_fraction", "ess_phi_fraction", "dead_fraction", "net_advantage"):
+        values = [value for update in updates if isinstance(value := update.get(key), float)]
+        if len(values) == len(updates):
+            metrics[f"algo/{key}_updates"] = values
     return metrics
 
 

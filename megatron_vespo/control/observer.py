@@ -57,6 +57,8 @@ class Observer:
         self._num_expired = 0
         self._evaluation: asyncio.Task[Sequence[Evaluated]] | None = None
         self._pending: Metrics = {}
+        self.noise_variance: float = 0.0
+        """sigma^2 of one token's behavior log-prob by the engine's arithmetic, nats^2, as last measured."""
 
     @property
     def progress(self) -> Progress:
@@ -78,6 +80,7 @@ class Observer:
 
     def started(self, report: SyncReport) -> None:
         """The engines serve the weights with which the run starts."""
+        self.noise_variance = report.canary_variance
         self._view.event(
             f"{report.num_engines} engine(s) serve version {report.version}, confirmed: canary within "
             f"{report.canary_abs_max:.1e} nats of the trainer, {report.num_bytes / 1e6:.1f} MB pushed"
@@ -105,12 +108,14 @@ class Observer:
         """One optimizer step is done and its weights are served."""
         self._version += 1
         self._in_training = ()
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
         self._pending |= self._taken
         # In a thread: with long responses this takes seconds, for which nobody else waits.
         self._pending |= await asyncio.to_thread(
-            step_metrics, self._version, rollouts, output, rescored, sync, self._cfg.algorithm
+            step_metrics, self._version, groups, output, rescored, sync, self._cfg.algorithm
         )
+        # Both engines saw the same tokens under the same weights and, in replay, with the same experts.
+        if isinstance(measured := self._pending.get("mismatch/square_mean_nats2"), float):
+            self.noise_variance = measured
         self._pending |= self._failures() | _prompt_metrics(self._sources.prompts)
         self._pending |= self._sources.engine_metrics()
         if self._cfg.loop.filter_groups:

@@ -27,8 +27,8 @@ _TOKENS = ("versions", "sampled", "behavior_logp", "policy_logp", "engine_logp")
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceTable:
-    """One number per sequence, [B]; log W = engine_nats + stale_nats wherever the engine re-scored it, and
-    plus what the updates before its own had moved the policy, where a batch has several."""
+    """One number per sequence, [B]; with algorithm.reference = "behavior" log W = engine_nats + stale_nats wherever the engine
+    re-scored it, plus what the updates before its own had moved the policy, where a batch has several."""
 
     step: Ints
     ordinal: Ints

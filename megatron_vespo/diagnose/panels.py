@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from pydantic import ValidationError
 
 from megatron_vespo.config import AlgorithmConfig
 from megatron_vespo.diagnose.history import History, SequenceTable
@@ -212,7 +213,10 @@ def _coefficient(history: History, log_w: Doubles, advantage: float) -> Doubles 
 
     from megatron_vespo.algo.coefficients import Ratios, coefficient
 
-    algorithm = AlgorithmConfig.model_validate(history.setting("algorithm", {}))
+    try:
+        algorithm = AlgorithmConfig.model_validate(history.setting("algorithm", {}))
+    except ValidationError:  # written by another version
+        return None
     options = (
         algorithm.vespo.length_exponent or algorithm.vespo.noise_aware or algorithm.correction.kind != "none"
     )
@@ -260,7 +264,9 @@ def _by_lag(figure: Figure, history: History) -> None:
     records = [record for record in history.records if "algo/log_w_lag_count" in record]
     size = max((len(record["algo/log_w_lag_count"]) for record in records), default=0)
     if size < 2:
-        raise Missing("no sequence was older than the weights that it trained")
+        raise Missing(
+            "W is not against the behavior, or no sequence was older than the weights that it trained"
+        )
     count, sums, squares = np.zeros((3, size))
     for record in records:
         n, mean, std = (np.array(record[f"algo/log_w_lag_{key}"]) for key in ("count", "mean", "std"))
@@ -501,17 +507,17 @@ RL_SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Off-policyness": (
         Panel("How stale were the tokens?", "Counted when trained: trainer version minus the version that sampled the token.", _staleness_histogram),
         Panel("Staleness over time", "The buffer guarantees the bound; nothing is dropped to keep it.", _staleness_over_time),
-        Panel("Importance weight over time", "log W = sum over the response of policy minus behavior log-prob.", _log_w_over_time),
+        Panel("Importance weight over time", "log W = sum over the response of policy minus reference log-prob.", _log_w_over_time),
         Panel("Distribution of log W", "All sequences, by the sign of their advantage.", _log_w_histogram),
         Panel("What the kernel leaves", "Mean coefficient per step. Near 1: data counts fully. Near 0: data is thrown away.", _phi_over_time),
-        Panel("Who decides the update?", "Contributions are weight * coefficient * advantage; on policy the net is 0.", _who_counts),
+        Panel("Who decides the update?", "Contributions are coefficient * advantage; on policy the net is 0.", _who_counts),
         Panel("What is left of a batch?", "Update by update, mean over the last quarter of the steps.", _by_update),
         Panel("How does log W grow with age?", "All steps together.", _by_lag),
         Panel("Where the data lies on the kernel", "Curve: the function that trained. Dots: trained sequences; bars: how many lie there.", _kernel),
     ),
     "Trainer against engine": (
         Panel("Log-prob gap, token by token", "Trainer minus engine under the same weights; k3 estimates KL(engine || trainer).", _token_gap),
-        Panel("What moves log W", "log W splits exactly: engine mismatch (same weights) plus staleness (engine now minus engine then).", _sequence_nats),
+        Panel("What moves log W", "Against the behavior log W splits exactly: engine mismatch (same weights) plus staleness (engine now minus then) plus updates.", _sequence_nats),
         Panel("Expert agreement by layer and step", "Same tokens, same weights, both engines. Dark: they route differently.", _expert_heat_map),
         Panel("Expert agreement by layer", "Line: mean over steps; band: lowest to highest step.", _expert_by_layer),
     ),

@@ -209,6 +209,10 @@ def _samples(history: History) -> str:
     return f"<section class='card'><h2>Samples</h2><p class='hint'>The best and the worst response to the first prompts of the first and the last step.</p>{tables}</section>"
 
 
+def _weight(coefficient: float | None) -> str:
+    return "left out" if coefficient is None else f"{coefficient:.2f}"
+
+
 def _sample_table(file: Path) -> str:
     columns = [
         "uid",
@@ -228,7 +232,7 @@ def _sample_table(file: Path) -> str:
     body = "".join(
         f"<tr><td>{_text(row['prompt_text'])}</td><td>{_text(row['answer'])}</td><td>{_text(row['response_text'])}</td>"
         f"<td>{escape(row['finish_reason'])}</td><td>{row['reward']:.2f}</td><td>{row['advantage']:+.2f}</td>"
-        f"<td>{row['train_version'] - np.mean(row['versions']):.1f}</td><td>{row['coefficient']:.2f}</td></tr>"
+        f"<td>{row['train_version'] - np.mean(row['versions']):.1f}</td><td>{_weight(row['coefficient'])}</td></tr>"
         for row in rows
     )
     return f"<table class='samples'>{head}{body}</table>"

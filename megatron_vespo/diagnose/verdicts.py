@@ -147,6 +147,8 @@ def _nats_budget(history: History) -> Verdict | None:
     table = history.sequences
     if table is None or np.isnan(table.engine_nats).all():
         return None
+    if history.setting("algorithm.reference", "behavior") == "proximal":  # neither is in W
+        return None
     engine = float(np.nanquantile(np.abs(table.engine_nats), 0.95))
     stale = float(np.nanquantile(np.abs(table.stale_nats), 0.95))
     shares = f"95% of sequences: below {engine:.1e} nats from the engine, below {stale:.1e} from staleness"

@@ -47,7 +47,7 @@ class Workload:
     """Those that the LM head scores."""
     num_updates: int = 1
     """Optimizer updates on the batch, each on an equal share."""
-    num_scoring: int = 0
+    num_scoring: float = 0
     """Forward passes over the whole batch beside those of the updates."""
     has_reference: bool = False
     """A second copy of the weights lies in host memory, for the KL penalty."""

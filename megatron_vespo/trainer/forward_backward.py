@@ -21,7 +21,7 @@ from megatron_vespo.algo.loss import kl_penalty, policy_loss
 from megatron_vespo.config import AlgorithmConfig, TrainerConfig
 from megatron_vespo.trainer.layout import Groups, rank_name
 from megatron_vespo.trainer.outputs import RouterRows
-from megatron_vespo.trainer.packing import Inputs, Microbatch, cut, input_numbers, response_offsets
+from megatron_vespo.trainer.packing import Inputs, Microbatch, cut, input_numbers
 from megatron_vespo.trainer.shaping import Shaped, shape
 from megatron_vespo.types import Doubles, RunError, TrainSequence
 
@@ -43,6 +43,8 @@ class Work:
     """Packed tokens of all data ranks together, padding included."""
     weight: Doubles
     """[B] weight of every trained token of a sequence: 1 / the global denominator of the update."""
+    first_token: int
+    """Number of the share's first response token in the batch (`response_offsets`)."""
     noise_variance: float = 0.0
     """sigma^2 of one token's behavior log-prob by the engine's arithmetic, nats^2."""
 
@@ -308,9 +310,8 @@ class Runner:
         num_tokens = on_device([one.work.sequences[i].num_trained_tokens for i in chosen])
         ratios = self._ratios(one.work, inputs, logp.detach(), start, segment, num_tokens)
         if (shaped := one.mode.shaped) is not None:
-            first = response_offsets(one.work.sequences)[one.work.share.start]
             advantage = on_device(shaped.advantage[np.array(chosen, int) - one.work.share.start])
-            c = on_device(shaped.coefficient[inputs.token[inputs.trained] - first])
+            c = on_device(shaped.coefficient[inputs.token[inputs.trained] - one.work.first_token])
         else:
             advantage = on_device([one.work.sequences[i].advantage for i in chosen])
             c = coefficient(self._algorithm, ratios, advantage)
@@ -372,11 +373,9 @@ class Runner:
 
     def _everywhere(self, work: Work, outcome: Outcome) -> Doubles:
         """Collective: the pass's log-prob of every response token of its sequences, on every rank."""
-        offsets = response_offsets(work.sequences)
-        first, end = offsets[work.share.start], offsets[work.share.stop]
-        whole = np.zeros(end - first)
+        whole = np.zeros(sum(s.num_response_tokens for s in work.sequences[work.share]))
         for token, logp, *_ in outcome.tokens:  # on one rank alone for each token
-            whole[token - first] = logp
+            whole[token - work.first_token] = logp
         summed = torch.from_numpy(whole).to(self._groups.device)
         dist.all_reduce(summed)
         return summed.cpu().numpy()

@@ -57,9 +57,9 @@ class RankOutput:
     routing: tuple[RouterRows, ...]
     """One for each microbatch and model chunk; empty for dense models or when not captured."""
     log_w: Doubles | None = None
-    """[B] whole-sequence log W of what was trained on, whole; None after scoring."""
+    """[B'] whole-sequence log W of what was trained on (`StepOutput`), whole; None after scoring."""
     coefficient: Doubles | None = None
-    """[B] the same of the coefficient, summed over the trained tokens of each response."""
+    """[B'] the same of the coefficient, summed over the trained tokens of each response."""
     updates: tuple[Update, ...] = ()
     """Whole; empty after scoring."""
     time_s: dict[str, float]

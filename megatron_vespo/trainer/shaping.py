@@ -43,13 +43,13 @@ def shape(
         logp: of all their response tokens under the weights before the update.
         start_logp: the same at the start of the batch, where that is the reference; else it is the behavior.
     """
-    trained = np.concatenate([_trained(s) for s in sequences])
+    trained = np.concatenate([s.is_trained for s in sequences])
     num_trained = np.array([s.num_trained_tokens for s in sequences])
     of_token = np.repeat(np.arange(len(sequences)), num_trained)
     behavior = np.concatenate([_behavior(s) for s in sequences])[trained]
-    ours, reference = logp[trained], behavior if start_logp is None else start_logp[trained]
-    ratio = np.nan_to_num(ours - reference)  # nan: supervised, there is no behavior and no ratio
-    rho = np.zeros_like(ratio) if start_logp is None else np.nan_to_num(start_logp[trained] - behavior)
+    ours, start = logp[trained], None if start_logp is None else start_logp[trained]
+    ratio = _difference(ours, behavior if start is None else start)
+    rho = np.zeros_like(ratio) if start is None else _difference(start, behavior)
 
     def whole(values: Doubles) -> torch.Tensor:
         return torch.from_numpy(np.bincount(of_token, values, minlength=len(sequences)))
@@ -66,15 +66,16 @@ def shape(
     advantage = np.array([s.advantage for s in sequences], np.float64)
     trained_c = coefficient(algorithm, ratios, torch.from_numpy(advantage)).numpy()
     if algorithm.zero_mean:
-        mean = np.bincount(of_token, trained_c, minlength=len(sequences)) / np.maximum(num_trained, 1)
+        mean = np.bincount(of_token, trained_c, minlength=len(sequences)) / num_trained
         advantage = zero_mean(advantage, mean, np.array([s.group for s in sequences]))
     c = np.zeros(len(trained))
     c[trained] = trained_c
     return Shaped(coefficient=c, advantage=advantage)
 
 
-def _trained(s: TrainSequence) -> np.ndarray:
-    return np.ones(s.num_response_tokens, np.bool_) if s.sampled is None else s.sampled
+def _difference(logp: Doubles, reference: Doubles) -> Doubles:
+    """0 where there is no reference (nan): supervised, without a behavior."""
+    return np.where(np.isnan(reference), 0.0, logp - reference)
 
 
 def _behavior(s: TrainSequence) -> Doubles:

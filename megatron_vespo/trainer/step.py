@@ -34,11 +34,10 @@ from megatron_vespo.trainer.layout import (
 )
 from megatron_vespo.trainer.optimizer import Optimizer
 from megatron_vespo.trainer.outputs import RankOutput
-from megatron_vespo.trainer.packing import Microbatch, crossover_tokens, plan
+from megatron_vespo.trainer.packing import Microbatch, crossover_tokens, plan, response_offsets
 from megatron_vespo.trainer.phases import Phases
 from megatron_vespo.trainer.rank_checkpoint import RankCheckpoint
 from megatron_vespo.trainer.reference import Reference
-from megatron_vespo.trainer.shaping import Shaped
 from megatron_vespo.trainer.step_time import known_peak_flops, training_flops
 from megatron_vespo.types import Doubles, RunError, TrainSequence, Update
 
@@ -126,8 +125,8 @@ class TrainerRank:
     ) -> RankOutput:
         """The optimizer updates on one batch: each on an equal share of it, in order.
 
-        Several updates, or references of the ratios or of a penalty, are preceded by forward passes under the weights of
-        the batch's start, whose log-probs and expert choices are what is reported (and replayed).
+        Several updates, a proximal reference and methods that look at whole updates are preceded by a forward pass under
+        the weights of the batch's start, whose log-probs and expert choices are what is reported (and replayed).
 
         Args:
             sequences: the batch of all ranks, the same on each.
@@ -149,7 +148,7 @@ class TrainerRank:
             check_experts(sequences, self.shape)
         phases = Phases(self.groups.device)
         works = self._works(sequences, noise_variance)
-        before = self._before(works, phases, capture_experts)
+        before = self._before(works, step_number, phases, capture_experts)
         kl_references: list[Outcome | None] = [None] * len(works)
         if self._reference is not None:
             self._optimizer.complete_weights()
@@ -167,9 +166,10 @@ class TrainerRank:
             )
             if self._algorithm.needs_whole_update:
                 with phases("survey"):
-                    mode = dataclasses.replace(
-                        mode, shaped=self._shaped(work, mode, before[i], is_first=i == 0)
-                    )
+                    # The weights before the first update are those of the batch's start.
+                    survey = before[i] if i == 0 else self._survey(work, before[i], step_number)
+                    assert survey is not None
+                    mode = dataclasses.replace(mode, shaped=self._runner.shaped(work, survey, mode.start))
             with phases("forward_backward"):
                 self._optimizer.zero_grad()
                 outcome = self._runner.run(work, mode, step_number=step_number)
@@ -196,11 +196,10 @@ class TrainerRank:
         )
 
     def _before(
-        self, works: Sequence[Work], phases: Phases, capture_experts: bool
+        self, works: Sequence[Work], step_number: int, phases: Phases, capture_experts: bool
     ) -> Sequence[Outcome | None]:
         """Of each update, a pass under the weights of the batch's start, where anything needs one."""
-        whole = self._algorithm.needs_whole_update or self._algorithm.reference == "proximal"
-        if len(works) == 1 and not whole:
+        if len(works) == 1 and not self._algorithm.needs_start:
             return [None]
         mode = Mode(
             train=False,
@@ -209,7 +208,7 @@ class TrainerRank:
             replays_engine=self._cfg.router_replay == "engine",
         )
         with phases("forward"):
-            return [self._runner.run(work, mode) for work in works]
+            return [self._runner.run(work, mode, step_number=step_number) for work in works]
 
     def _replay(self, before: Outcome | None) -> dict[str, Any]:
         """Which expert choices an update repeats, as fields of a `Mode`."""
@@ -219,17 +218,15 @@ class TrainerRank:
             "replayed": before if replay == "trainer" else None,
         }
 
-    def _shaped(self, work: Work, mode: Mode, before: Outcome | None, *, is_first: bool) -> Shaped:
-        """What the whole update trains with; the weights before the first one are those of the batch's start."""
-        survey = before
-        if survey is None or not is_first:
-            survey = self._runner.run(work, Mode(train=False, **self._replay(before)))
-        return self._runner.shaped(work, survey, mode.start)
+    def _survey(self, work: Work, before: Outcome | None, step_number: int) -> Outcome:
+        """A pass under the weights before an update that is not the first."""
+        mode = Mode(train=False, **self._replay(before))
+        return self._runner.run(work, mode, step_number=step_number)
 
     def _weights(self, work: Work, outcome: Outcome) -> tuple[Doubles, Doubles]:
         """log W, and the mean coefficient of the trained tokens, of the update's sequences that have an advantage."""
         share = work.sequences[work.share]
-        has_signal = np.array([s.advantage != 0 and s.num_trained_tokens > 0 for s in share])
+        has_signal = np.array([s.advantage != 0 for s in share])
         num_tokens = np.array([s.num_trained_tokens for s in share])[has_signal]
         return outcome.log_w[work.share][has_signal], outcome.coefficient[work.share][has_signal] / num_tokens
 
@@ -295,6 +292,7 @@ class TrainerRank:
             ],
             num_packed=sum(mb.length for rank in ranks for mb in rank),
             weight=weight,
+            first_token=int(response_offsets(sequences)[share.start]),
             noise_variance=noise_variance,
         )
 

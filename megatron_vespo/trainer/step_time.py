@@ -262,7 +262,7 @@ def _communication(
 
 
 def _layer_volumes(
-    shape: ModelShape, cfg: TrainerConfig, tokens: float, imbalance: float, forwards: int
+    shape: ModelShape, cfg: TrainerConfig, tokens: float, imbalance: float, forwards: float
 ) -> dict[str, tuple[float, int, int]]:
     """(bytes that a rank sends for one layer, distance of its partners, their number), by axis.
 

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from megatron_vespo.algo.mismatch import (
-    effective_sample_fraction,
     expert_gap,
     expert_overlap,
     sequence_nats,
@@ -19,7 +18,7 @@ def test_token_gap_by_hand():
     gap = token_gap(f32(-0.5, -1.5), f32(-1.0, -1.0))
     assert gap["k1_nats"] == 0
     assert gap["k3_nats"] == pytest.approx(0.127626, abs=1e-6)
-    assert gap["abs_mean_nats"] == gap["abs_max_nats"] == 0.5
+    assert gap["abs_mean_nats"] == gap["abs_max_nats"] == 0.5 and gap["square_mean_nats2"] == 0.25
 
 
 def test_k3_estimates_the_divergence_from_the_sampling_distribution():
@@ -35,11 +34,6 @@ def test_sequence_nats_add_up_in_float64():
     tiny = np.full(4_000_000, 1e-7, np.float32)  # a float32 running sum would lose most of these to rounding
     (total,) = sequence_nats([np.concatenate([f32(1000.0), tiny])], [np.zeros(4_000_001, np.float32)])
     assert total == pytest.approx(1000.4, abs=1e-6)
-
-
-def test_effective_sample_fraction_is_one_for_equal_weights_and_one_over_n_for_one_survivor():
-    assert effective_sample_fraction(np.array([5.0, 5.0, 5.0])) == pytest.approx(1.0)
-    assert effective_sample_fraction(np.array([900.0, 0.0, 0.0, 0.0])) == pytest.approx(0.25)
 
 
 def test_expert_overlap_ignores_order_and_counts_sets():

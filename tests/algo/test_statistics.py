@@ -3,13 +3,23 @@
 import numpy as np
 import pytest
 
-from megatron_vespo.algo.statistics import HISTOGRAM_EDGES, by_lag, weight_statistics
+from megatron_vespo.algo.statistics import (
+    HISTOGRAM_EDGES,
+    by_lag,
+    effective_fraction,
+    effective_fraction_of,
+    weight_statistics,
+)
 
 
 def test_a_few_sequences_by_hand():
     # W = 2, 1/2 (A > 0), 1 (A < 0), and one without an advantage, which counts for nothing
     log_w = np.log([2.0, 0.5, 1.0, 4.0])
-    c, advantage, weight = np.array([0.2, 1.0, 0.005, 9.0]), np.array([1.0, 1.0, -2.0, 0.0]), np.full(4, 0.25)
+    c, advantage, weight = (
+        np.array([0.2, 1.0, 0.005, 9.0]),
+        np.array([1.0, 1.0, -2.0, 0.0]),
+        np.array([0.25, 0.25, 1.25, 0.25]),
+    )
     got = weight_statistics(log_w, c, advantage, weight)
     assert got["log_w_pos_mean"] == pytest.approx(0) and got["log_w_pos_std"] == pytest.approx(np.log(2))
     assert got["log_w_neg_mean"] == got["log_w_neg_std"] == 0
@@ -20,9 +30,10 @@ def test_a_few_sequences_by_hand():
     assert got["ess_fraction"] == pytest.approx(12.25 / 15.75)
     assert got["ess_phi_fraction"] == pytest.approx(1.452025 / 3.120075)
     assert got["dead_fraction"] == pytest.approx(1 / 3)
-    # g = .25 (0.2, 1, -0.01): sum 0.2975, sum of sizes 0.3025, the largest 0.25
-    assert got["net_advantage"] == pytest.approx(0.2975 / 0.3025)
-    assert got["top1pct_share"] == pytest.approx(0.25 / 0.3025)
+    # c A = (0.2, 1, -0.01): sum 1.19, sum of sizes 1.21; with the weights (1, 1, 5) / 4 the largest has 1 of 1.25
+    assert got["net_advantage"] == pytest.approx(1.19 / 1.21)
+    assert got["top1pct_share"] == pytest.approx(1 / 1.25)
+    assert got["phi_mean"] == pytest.approx(1.205 / 3)
     assert got["top_sequences"] == [1, 0, 2]
 
 
@@ -47,6 +58,15 @@ def test_dead_and_enormous_weights_are_finite_numbers():
 
 def test_without_any_advantage_there_is_nothing_to_tell():
     assert weight_statistics(np.zeros(3), np.ones(3), np.zeros(3), np.ones(3)) == {}
+
+
+def test_the_effective_sample_size_is_one_for_equal_weights_and_one_over_n_for_one_survivor():
+    assert effective_fraction(np.array([5.0, 5.0, 5.0])) == pytest.approx(1.0)
+    assert effective_fraction(np.array([900.0, 0.0, 0.0, 0.0])) == pytest.approx(0.25)
+    # weights 1 and 3: 16 / (2 * 10)
+    assert effective_fraction(np.array([-2000.0, -2000 + np.log(3)])) == pytest.approx(0.8)
+    assert effective_fraction_of(np.array([1e-200, 3e-200])) == pytest.approx(0.8)
+    assert effective_fraction(np.full(2, -np.inf)) == effective_fraction_of(np.zeros(3)) == 0
 
 
 def test_lags_are_told_apart():

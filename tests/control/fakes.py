@@ -77,13 +77,18 @@ class FakeTrainer:
         self.delay_s = delay_s
         self.events: list[str] = []
         self.batches: list[list[TrainSequence]] = []
+        self.noise_variances: list[float] = []
+        self.left_out = 0
+        """Sequences at the end of each batch that a guard leaves untrained."""
 
     async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
         await asyncio.sleep(self.delay_s)
         self.batches.append(list(sequences))
+        self.noise_variances.append(noise_variance)
         self.events.append(f"step on {self.version}")
         logp = _logp(self.version)
-        log_w = np.array([float(np.sum(logp - s.behavior_logp)) for s in sequences])
+        trained = sequences[: len(sequences) - self.left_out]
+        log_w = np.array([float(np.sum(logp - s.behavior_logp)) for s in trained])
         self.version += 1
         return StepOutput(
             scored=tuple(_scored(s, logp=logp, entropy=True) for s in sequences),
@@ -97,7 +102,7 @@ class FakeTrainer:
         """types.Publisher, too."""
         self.events.append(f"publish {version}")
         self.engine.version = version
-        return SyncReport(version=version, num_bytes=10, time_s={}, canary_abs_max=0.0)
+        return SyncReport(version=version, num_bytes=10, time_s={}, canary_abs_max=0.4, canary_variance=0.1)
 
     async def follow(self) -> None:
         await asyncio.Event().wait()

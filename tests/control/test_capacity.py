@@ -133,4 +133,8 @@ def test_several_updates_and_a_reference_are_scored_beforehand(qwen3_30b):
     more = capacity(qwen3_30b, "loop.updates_per_batch=4", "algorithm.kl_coeff=0.01")
     assert (once.work.num_scoring, more.work.num_scoring) == (0, 2)
     assert more.time.parts["compute: scoring"] > 0
+    proximal = ("algorithm.reference=proximal", "algorithm.correction.kind=icepop")
+    assert capacity(qwen3_30b, *proximal).work.num_scoring == 1
+    m2po = capacity(qwen3_30b, "loop.updates_per_batch=4", "algorithm.name=m2po")
+    assert m2po.work.num_scoring == 1 + 3 / 4  # the batch once, and three of its quarters once more
     assert more.memory[0].host > once.memory[0].host

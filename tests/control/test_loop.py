@@ -7,11 +7,12 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from megatron_vespo.config import TrainConfig, parse_config, to_toml
+from megatron_vespo.config import AlgorithmConfig, TrainConfig, parse_config, to_toml
 from megatron_vespo.control import loop
 from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.evaluation import evaluate
@@ -19,6 +20,7 @@ from megatron_vespo.control.observer import Observer, Sources
 from megatron_vespo.control.progress import Progress, ledger_of
 from megatron_vespo.control.sampler import Sampler
 from megatron_vespo.data.stream import EpochStream
+from megatron_vespo.diagnose.report import write_report
 from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rundir import RunDirectory
 from megatron_vespo.types import RunError
@@ -110,6 +112,40 @@ def test_the_batch_is_rescored_under_the_weights_that_are_trained(tmp_path):
         assert record["stale/seq_nats_mean"] == pytest.approx(record["algo/log_w_mean"], abs=1e-6)
         # each version lowers each of the 2 tokens' log-prob by 0.1
         assert record["algo/log_w_mean"] == pytest.approx(-0.2 * record["staleness/mean_steps"], abs=1e-6)
+
+
+def test_the_engines_noise_is_the_canarys_until_a_batch_was_scored_by_both(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=3)
+    scenario.run()
+    assert scenario.trainer.noise_variances == [0.1, 0.0, 0.0]  # these engines agree
+
+
+def test_what_a_guard_leaves_out_is_told_and_is_no_number(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=2)
+    scenario.trainer.left_out = 4
+    records = scenario.run()
+    assert [r["optim/left_out_fraction"] for r in records[1:]] == [0.5, 0.5]
+    (first, _) = sorted((tmp_path / "run" / "rollouts").iterdir())
+    table = pq.read_table(first)
+    for column in ("log_w", "coefficient"):
+        assert table[column].is_null().to_pylist() == [False] * 4 + [True] * 4
+    write_report(tmp_path / "run")
+    assert "left out" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_advantages_are_divided_by_the_deviation_of_the_batch(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=1)
+    scale = {"advantage_scale": "batch_std"}
+    scenario.cfg = scenario.cfg.model_copy(update={"algorithm": AlgorithmConfig.model_validate(scale)})
+    scenario.run()
+    advantages = np.array([s.advantage for s in scenario.trainer.batches[0]])
+    assert np.square(advantages).mean() == pytest.approx(1, rel=1e-5)
+    rows = pq.read_table(next((tmp_path / "run" / "rollouts").iterdir()))
+    np.testing.assert_allclose(rows["advantage"].to_numpy(), advantages)
+    reward = rows["reward"].to_numpy().reshape(2, 4)
+    centered = (reward - reward.mean(1, keepdims=True)).ravel()
+    np.testing.assert_allclose(advantages, centered / np.sqrt(np.square(centered).mean()), rtol=1e-5)
+    assert [s.group for s in scenario.trainer.batches[0]] == [0] * 4 + [1] * 4
 
 
 def test_prompts_are_trained_in_stream_order_each_once(tmp_path):

@@ -131,6 +131,7 @@ def test_every_engine_is_pushed_to_at_once_and_serves_when_its_canary_agrees():
     assert parts(pub)[0].pushes == [["a", "b"]]
     assert (report.version, report.num_engines, report.num_lost) == (0, 2, 0)
     assert report.canary_abs_max == pytest.approx(0.3)
+    assert report.canary_variance == pytest.approx((0.1**2 + 0.3**2) / 2)  # of as many tokens on each
     assert report.time_s["paused"] == 1.0 and "publish" in report.time_s
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_vespo.algo.coefficients import COEFFICIENTS, Ratios, coefficient
+from megatron_vespo.algo.kernel import solved_lam
 from megatron_vespo.config import AlgorithmConfig, CorrectionConfig, VespoConfig
 from tests.trainer.tiny import largest_gap, trained, trainer_config
 
@@ -95,6 +96,27 @@ def test_the_layout_changes_nothing(pool, tiny_moe, batch, algorithm):
         assert largest_gap(same, weights) < 1e-6
 
 
+def test_a_survey_repeats_the_expert_choices_that_are_trained_with(pool, tiny_moe, batch):
+    cfg = trainer_config(**PIPED).model_copy(update={"router_replay": "trainer"})
+    step = pool.grid(cfg, tiny_moe, algorithm=BUDGET, updates_per_batch=3).step(batch)
+    for share in (
+        slice(0, 2),
+        slice(2, 4),
+        slice(4, 6),
+    ):  # each update solved for its own lam, at its own log W
+        k, budget = np.array([2.0, 3.0]), BUDGET.vespo.budget
+        lam = [
+            solved_lam(torch.tensor([w]), power, budget)
+            for w, power in zip(step.log_w[share], k, strict=True)
+        ]
+        np.testing.assert_allclose(
+            step.coefficient[share],
+            np.exp(k * step.log_w[share] - lam * np.expm1(step.log_w[share])),
+            rtol=1e-5,
+        )
+    assert np.abs(step.log_w[2:]).min() > 1e-6
+
+
 def test_zero_mean_advantages_are_trained_on(pool, tiny_moe, batch):
     step = pool.grid(trainer_config(**WIDE), tiny_moe, algorithm=ZERO_MEAN).step(batch)
     c, a = step.coefficient, np.array([s.advantage for s in batch])
@@ -148,17 +170,16 @@ def test_the_rate_follows_the_effective_sample_size(pool, tiny_moe, batch):
 
 
 def test_a_spent_batch_is_left(pool, tiny_moe, batch):
-    cfg = trainer_config(**WIDE)
+    cfg = trainer_config(**WIDE, optimizer={"learning_rate": 1e-4})
     far = [replace(s, behavior_logp=s.behavior_logp - 2) if i in (2, 3) else s for i, s in enumerate(batch)]
     guarded = AlgorithmConfig(min_living_weight=0.2)
     grid = pool.grid(cfg, tiny_moe, algorithm=guarded, updates_per_batch=3)
     step = grid.step(far)
     assert len(step.updates) == 2 and len(step.log_w) == len(step.coefficient) == 4
     assert step.coefficient[2:].max() < 0.2 and len(step.scored) == 6
+    weights = grid.weights()
+    near = [replace(s, behavior_logp=x.logp) for s, x in zip(batch, grid.score(batch), strict=True)]
+    assert len(grid.step(near, 1).updates) == 3, "the next batch is trained on as a whole"
     short = pool.grid(cfg, tiny_moe, algorithm=AlgorithmConfig(), updates_per_batch=2)
     short.step(far[:4])
-    assert largest_gap(grid.weights(), short.weights()) < 1e-6
-    near = [
-        replace(s, behavior_logp=x.logp) for s, x in zip(batch, grid.score(batch), strict=True)
-    ]  # on policy
-    assert len(grid.step(near, 1).updates) == 3, "the next batch is trained on as a whole"
+    assert largest_gap(weights, short.weights()) < 1e-7

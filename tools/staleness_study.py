@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "staleness")
     parser.add_argument("--only-report", action="store_true", help="run nothing")
     args = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         failed = study(args.grid, args.output, workers=args.workers, only_report=args.only_report)
     except ConfigError as err:

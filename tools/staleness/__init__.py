@@ -11,5 +11,5 @@ A cell is a flat dict with everything that is needed to repeat the run: "level",
 
     start, best, final   success rates in [0, 1], all evaluated in the same way
     history              at most about 50 dicts: update, success, reward, log_w_mean, log_w_std, ess, phi_mean, ...
-    wall_s               seconds
+    wall_s, cpu_s        seconds; the second where the level knows it
 """

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from megatron_vespo.algo.advantages import batch_normalised, group_advantages, zero_mean
 from megatron_vespo.algo.coefficients import Ratios, coefficient
 from megatron_vespo.algo.loss import policy_loss, token_weights
-from megatron_vespo.algo.mismatch import effective_sample_fraction
 from megatron_vespo.algo.pace import is_spent, rate_factor
+from megatron_vespo.algo.statistics import effective_fraction
 from megatron_vespo.config import AlgorithmConfig, ConfigError
 
 ALPHABET = 16
@@ -63,6 +63,8 @@ class Problem(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
     """Mean number of free tokens after the string, all alike to the reward: high entropy, and a length to be exploited."""
     policy: Literal["dense", "moe"] = "dense"
     """"moe": top 2 of 8 experts."""
+    warm_updates: Positive = 600
+    """Of the fine-tuning on demonstrations."""
 
     @property
     def positions(self) -> int:
@@ -70,7 +72,7 @@ class Problem(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
         return self.longest + 1 + math.ceil(3 * self.tail)
 
 
-class Settings(Problem):
+class Settings(Problem, frozen=True):
     """A cell."""
 
     level: Literal["toy"]
@@ -128,7 +130,7 @@ def open_level() -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
 
 def run(cell: dict[str, Any]) -> dict[str, Any]:
     """Train one cell."""
-    started_s = time.monotonic()
+    started_s, cpu_started_s = time.monotonic(), time.process_time()
     history = Training(Settings.model_validate(cell)).history()
     success = [entry["success"] for entry in history]
     return {
@@ -137,6 +139,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         "final": success[-1],
         "history": history,
         "wall_s": time.monotonic() - started_s,
+        "cpu_s": time.process_time() - cpu_started_s,
     }
 
 
@@ -258,6 +261,9 @@ class Responses:
     logp_BT: Tensor
     """What the sampler reports."""
 
+    def rows(self, share: slice) -> Responses:
+        return Responses(**{name: value[share] for name, value in vars(self).items()})
+
     @property
     def mask_BT(self) -> Tensor:
         return torch.arange(self.token_BT.shape[1]) < self.length_B[:, None]
@@ -307,7 +313,7 @@ def warm_start(problem: Problem, seed: int) -> Policy:
         policy = Policy(problem)
     draw = torch.Generator().manual_seed(seed + 77)
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3, fused=True)
-    for _ in range(600):
+    for _ in range(problem.warm_updates):
         prompt_B, token_BT, length_B = task.demonstrations(128, draw)
         previous_BT = F.pad(token_BT[:, :-1], (1, 0), value=BOS)
         context_BT = policy.context(prompt_B[:, None], torch.arange(token_BT.shape[1]), previous_BT)
@@ -422,32 +428,31 @@ class Training:
         """The updates on one batch; statistics of the last, on the stalest data."""
         statistics: dict[str, float] = {}
         for number in range(len(batch.reward_B) // (PROMPTS_PER_UPDATE * GROUP_SIZE)):
-            log_w_B, coefficient_B, signal_B = self.update(batch, batch.share(number))
+            log_w_B, living = self.update(batch, batch.share(number))
             self.num_updates += 1
             statistics = {
                 "log_w_mean": log_w_B.mean().item(),
                 "log_w_std": log_w_B.std().item(),
-                "ess": effective_sample_fraction(log_w_B.numpy()),
-                "phi_mean": coefficient_B.mean().item(),
+                "ess": effective_fraction(log_w_B.numpy()),
             }
-            if is_spent(self.algorithm, coefficient_B[signal_B].numpy()):
+            if len(living):
+                statistics["phi_mean"] = living.mean().item()
+            if is_spent(self.algorithm, living.numpy()):
                 break
         return statistics
 
-    def update(self, batch: Batch, share: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def update(self, batch: Batch, share: slice) -> tuple[Tensor, Tensor]:
         """One optimizer step.
 
         Returns:
-            [B] log W, mean coefficient, whether there is an advantage: of each sequence.
+            log W of each sequence, and mean coefficient of each that has an advantage.
         """
-        responses, advantage_B = batch.responses, batch.advantage_B[share]
-        length_B, mask_BT = responses.length_B[share], responses.mask_BT[share]
-        logp_S = self.policy.log_probs(
-            responses.context_BT[share][mask_BT], responses.token_BT[share][mask_BT]
-        )
+        responses, advantage_B = batch.responses.rows(share), batch.advantage_B[share]
+        length_B, mask_BT = responses.length_B, responses.mask_BT
+        logp_S = self.policy.log_probs(responses.context_BT[mask_BT], responses.token_BT[mask_BT])
         reference_S = batch.reference_BT[share][mask_BT]
         seq_S = torch.arange(len(length_B)).repeat_interleave(length_B)
-        ratios = self.ratios(logp_S.detach(), reference_S, responses.logp_BT[share][mask_BT], seq_S, batch)
+        ratios = _ratios(logp_S.detach(), reference_S, responses.logp_BT[mask_BT], seq_S, batch)
         c_S = coefficient(self.algorithm, ratios, advantage_B)
         coefficient_B = _sums(c_S, seq_S, len(length_B)) / length_B
         if self.algorithm.zero_mean:
@@ -455,23 +460,9 @@ class Training:
             advantage_B = torch.from_numpy(zero_mean(advantage_B.numpy(), coefficient_B.numpy(), group))
         weight_B = token_weights(length_B.tolist(), self.algorithm.resolved_aggregation)
         loss = policy_loss(logp_S, c_S, advantage_B.float()[seq_S], torch.from_numpy(weight_B).float()[seq_S])
-        self.step(loss, rate_factor(self.algorithm, ratios.log_w_N.numpy()))
-        return ratios.log_w_N, coefficient_B, batch.advantage_B[share] != 0
-
-    def ratios(
-        self, logp_S: Tensor, reference_S: Tensor, sampler_S: Tensor, seq_S: Tensor, batch: Batch
-    ) -> Ratios:
-        num = int(seq_S[-1]) + 1
-        log_ratio_S, log_rho_S = logp_S - reference_S, reference_S - sampler_S
-        return Ratios(
-            log_ratio_S=log_ratio_S,
-            log_w_N=_sums(log_ratio_S, seq_S, num),
-            num_tokens_N=_sums(torch.ones_like(logp_S), seq_S, num),
-            seq_S=seq_S,
-            log_rho_S=log_rho_S,
-            log_rho_N=_sums(log_rho_S, seq_S, num),
-            noise_variance=batch.engine_variance,
-        )
+        has_signal_B = batch.advantage_B[share] != 0
+        self.step(loss, rate_factor(self.algorithm, ratios.log_w_N[has_signal_B].numpy()))
+        return ratios.log_w_N, coefficient_B[has_signal_B]
 
     def step(self, loss: Tensor, rate_factor: float) -> None:
         self.optimizer.zero_grad()
@@ -479,6 +470,20 @@ class Training:
         nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * rate_factor
         self.optimizer.step()
+
+
+def _ratios(logp_S: Tensor, reference_S: Tensor, sampler_S: Tensor, seq_S: Tensor, batch: Batch) -> Ratios:
+    num = int(seq_S[-1]) + 1
+    log_ratio_S, log_rho_S = logp_S - reference_S, reference_S - sampler_S
+    return Ratios(
+        log_ratio_S=log_ratio_S,
+        log_w_N=_sums(log_ratio_S, seq_S, num),
+        num_tokens_N=_sums(torch.ones_like(logp_S), seq_S, num),
+        seq_S=seq_S,
+        log_rho_S=log_rho_S,
+        log_rho_N=_sums(log_rho_S, seq_S, num),
+        noise_variance=batch.engine_variance,
+    )
 
 
 def _sums(value_S: Tensor, seq_S: Tensor, num: int) -> Tensor:

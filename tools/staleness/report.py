@@ -22,7 +22,7 @@ def write(grid: Grid, results: Results, stem: Path) -> None:
         found = tables(block, rows)
         for table in found:
             text += [*markdown(table, block), ""]
-        for name in plots.draw(found[0], block, stem):
+        for name in plots.draw(found[0], block, stem) if found else ():
             text += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})", ""]
         text += [_cost(results, grid, block), ""]
     text += [
@@ -46,7 +46,7 @@ def markdown(table: Table, block: Block) -> list[str]:
     same = f" (learning rate {rate:g})" if len(table.rates) == 1 and rate is not None else ""
     lines = [f"{table.caption}{same}.", "", f"| | {' | '.join(heads)} |", f"|---{'|---:' * len(heads)}|"]
     for label, row in table.entries.items():
-        texts = [_entry(table, label, column, label in best[column]) for column in table.columns]
+        texts = [_entry(table, block, label, column, label in best[column]) for column in table.columns]
         if several:
             kept = _kept(row, ends)
             texts.append("" if kept is None else f"{kept:.0%}")
@@ -54,12 +54,16 @@ def markdown(table: Table, block: Block) -> list[str]:
     return [*lines, "", *_remarks(table, block, best)]
 
 
-def _entry(table: Table, label: str, column: Column, is_best: bool) -> str:
+def _entry(table: Table, block: Block, label: str, column: Column, is_best: bool) -> str:
     if column not in table.entries[label]:
         return ""
     rate, results = table.entries[label][column]
-    text = f"{mean_final(results):.3f} +- {spread_final(results):.3f}"
+    text = f"{mean_final(results):.3f}"
+    if len(results) > 1:  # one run has no spread
+        text += f" +- {spread_final(results):.3f}"
     text = f"**{text}**" if is_best else text
+    if (num := len(block.axes["seed"])) > len(results):
+        text += f" [{len(results)} of {num} seeds]"
     if collapsed := table.collapsed(label, column):
         text += f" `x {collapsed}`"
     return f"{text} ({rate:g})" if len(table.rates) > 1 else text

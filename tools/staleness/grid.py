@@ -133,6 +133,12 @@ def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def summary(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a level returns of a run, beside what it cost: `history` with its success at the start, at best and at the end."""
+    success = [entry["success"] for entry in history]
+    return {"start": success[0], "best": max(success), "final": success[-1], "history": list(history)}
+
+
 def identity(cell: Cell) -> str:
     """Two cells are the same run exactly if all their settings are equal."""
     return json.dumps(cell, sort_keys=True)

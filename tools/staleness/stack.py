@@ -34,6 +34,7 @@ from megatron_vespo.metrics import Record
 from megatron_vespo.rollout.server import Server
 from megatron_vespo.rundir import read_metrics
 from megatron_vespo.types import RunError
+from tools.staleness.grid import summary
 from tools.staleness.task import write_inputs
 
 HERE = Path(__file__).resolve().parent
@@ -146,12 +147,8 @@ def outcome(records: Sequence[Record], updates_per_step: int) -> dict[str, Any]:
         if SUCCESS in record:
             history.append({"update": record["step"] * updates_per_step, **_entry(steps)})
             steps = []
-    success = [entry["success"] for entry in history]
     return {
-        "start": success[0],
-        "best": max(success),
-        "final": success[-1],
-        "history": history,
+        **summary(history),
         "phases_s": {
             phase: round(sum(record.get(f"time/{phase}_s", 0.0) for record in records), 1) for phase in PHASES
         },

@@ -35,6 +35,7 @@ from megatron_vespo.algo.loss import policy_loss, token_weights
 from megatron_vespo.algo.pace import is_spent, rate_factor
 from megatron_vespo.algo.statistics import effective_fraction
 from megatron_vespo.config import AlgorithmConfig, ConfigError
+from tools.staleness.grid import summary
 
 ALPHABET = 16
 EOS, BOS = ALPHABET, ALPHABET + 1
@@ -132,12 +133,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     """Train one cell."""
     started_s, cpu_started_s = time.monotonic(), time.process_time()
     history = Training(Settings.model_validate(cell)).history()
-    success = [entry["success"] for entry in history]
     return {
-        "start": success[0],
-        "best": max(success),
-        "final": success[-1],
-        "history": history,
+        **summary(history),
         "wall_s": time.monotonic() - started_s,
         "cpu_s": time.process_time() - cpu_started_s,
     }

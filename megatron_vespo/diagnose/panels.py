@@ -257,7 +257,7 @@ def _by_update(figure: Figure, history: History) -> None:
     axes.set(xlabel="update on the batch", ylabel="share of the weight", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.3)
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower left")
 
 
 def _by_lag(figure: Figure, history: History) -> None:

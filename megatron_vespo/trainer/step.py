@@ -179,9 +179,9 @@ class TrainerRank:
             self._num_updates += 1
             outcomes.append(outcome)
             updates.append(self._update(work, outcome, norm, rate))
-            spent = is_spent(self._algorithm, self._coefficients(work, outcome))
-            self._between_updates = i + 1 < len(works) and not spent
-            if not self._between_updates:
+            is_last = i + 1 == len(works) or is_spent(self._algorithm, self._coefficients(work, outcome))
+            self._between_updates = not is_last
+            if is_last:
                 break
         self._num_steps += 1
         num_trained = works[len(updates) - 1].share.stop

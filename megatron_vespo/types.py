@@ -168,6 +168,21 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Examined:
+    """One sequence in the trainer's passes that tell causes apart, all under the same weights (docs/doctor.md)."""
+
+    natural: Scored
+    """The trainer chooses the experts."""
+    repeat: Floats
+    """[T] log-probs of the natural pass, computed once more: what differs is the trainer's own noise."""
+    replayed: Scored | None
+    """The engine's experts are used; `experts` are what the trainer would have chosen in each layer.  None where the
+    engine's experts are not known."""
+    margin: Floats | None
+    """[N - 1, L] in the natural pass: score of the K-th expert minus that of the next.  None for dense models."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Update:
     """One optimizer update, in numbers that were summed over all ranks before anything was divided."""
 

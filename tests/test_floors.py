@@ -15,12 +15,16 @@ REPOSITORY = Path(__file__).parent.parent
 
 MAY_IMPORT = {
     "cli": {"control", "diagnose", "data", "config", "types"},
-    "control": {"trainer", "rollout", "data", "algo", "metrics", "rundir", "config", "types"},
-    "diagnose": {"algo", "metrics", "rundir", "config", "types"},
+    "control": {
+        "trainer", "rollout", "data", "algo", "metrics", "rundir", "evidence", "routes", "config", "types",
+    },  # fmt: skip
+    "diagnose": {"algo", "metrics", "rundir", "evidence", "routes", "config", "types"},
     "trainer": {"algo", "config", "types"},
-    "rollout": {"config", "types"},
+    "rollout": {"routes", "config", "types"},
     "data": {"config", "types"},
     "metrics": {"rundir", "config", "types"},
+    "evidence": {"rundir", "routes", "config", "types"},
+    "routes": {"types"},
     "rundir": {"config", "types"},
     "algo": {"config", "types"},
     "config": set(),

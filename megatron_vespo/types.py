@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-Experts = NDArray[np.int16]
+Experts = NDArray[np.uint8 | np.uint16]
 Mask = NDArray[np.bool_]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
+Halves = NDArray[np.float16]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Experts = NDArray[np.uint8 | np.uint16]
@@ -179,7 +180,8 @@ class Examined:
     """The engine's experts are used; `experts` are what the trainer would have chosen in each layer.  None where the
     engine's experts are not known."""
     margin: Floats | None
-    """[N - 1, L] in the natural pass: score of the K-th expert minus that of the next.  None for dense models."""
+    """[N - 1, L] in the natural pass: score of the K-th expert minus that of the next, of the very scores that selected
+    them, rounded to float16; infinite where all experts are used.  None for dense models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,11 +273,25 @@ class SyncReport:
 class Trainer(Protocol):
     """pi: the policy's weights and their optimizer, on all ranks together."""
 
-    async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
+    async def step(
+        self,
+        sequences: Sequence[TrainSequence],
+        noise_variance: float = 0.0,
+        routed: Sequence[int] | None = None,
+    ) -> StepOutput:
         """The optimizer updates on one batch, which make the next version.
 
         Args:
             noise_variance: of one token's behavior log-prob by the engine's arithmetic, nats^2.
+            routed: places of the sequences for which expert choices are reported; None: for all.
+        """
+        ...
+
+    async def examine(self, sequences: Sequence[TrainSequence]) -> tuple[Examined, ...]:
+        """The passes that tell causes apart, under the current weights; no gradient, nothing changes.
+
+        Args:
+            sequences: with the engine's experts, where those are to be replayed.
         """
         ...
 

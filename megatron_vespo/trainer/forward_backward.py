@@ -21,9 +21,9 @@ from megatron_vespo.algo.loss import kl_penalty, policy_loss
 from megatron_vespo.config import AlgorithmConfig, TrainerConfig
 from megatron_vespo.trainer.layout import Groups, rank_name
 from megatron_vespo.trainer.outputs import RouterRows
-from megatron_vespo.trainer.packing import Inputs, Microbatch, cut, input_numbers
+from megatron_vespo.trainer.packing import Inputs, Microbatch, cut, input_numbers, input_offsets
 from megatron_vespo.trainer.shaping import Shaped, shape
-from megatron_vespo.types import Doubles, RunError, TrainSequence
+from megatron_vespo.types import Doubles, Mask, RunError, TrainSequence
 
 PROBLEMS = ("loss", "log W", "log-prob", "row of expert choices")
 """Numbers that are checked, each the cause of those before it."""
@@ -55,10 +55,12 @@ class Mode:
 
     train: bool
     """Forward, loss and backward; else forward alone."""
-    reports_experts: bool = False
-    """Whether the routers' own choices are part of the rank's output."""
+    routed: Mask | None = None
+    """[B] sequences for which the routers' own choices are part of the rank's output; None: for none."""
+    measures_margins: bool = False
+    """Whether the output also says by how much those choices were made."""
     keeps_experts: bool = False
-    """Whether they stay on the device, for another pass to repeat."""
+    """Whether all choices stay on the device, for another pass to repeat."""
     replays_engine: bool = False
     """Whether the engine's expert choices are used (R3)."""
     replayed: Outcome | None = None
@@ -82,6 +84,8 @@ class Outcome:
     routing: list[RouterRows] = field(default_factory=list)
     choices: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """By (chunk, microbatch): [t, l, K] int16, what the routers chose by themselves."""
+    margins: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """By (chunk, microbatch): [t, l] float16, by how much."""
     sums: Doubles
     """[3] loss, entropy, k3 of the reference, of trained tokens; summed over all ranks at the end."""
     log_w: Doubles
@@ -198,8 +202,9 @@ class Runner:
         finally:
             if self._routing:
                 self._routing.clear()
-        if mode.reports_experts:
+        if mode.routed is not None:
             outcome.routing = [self._router_rows(one, *place) for place in outcome.choices]
+        outcome.margins.clear()
         if not mode.keeps_experts:
             outcome.choices.clear()
         for index, scores in one.scores.items():
@@ -229,15 +234,19 @@ class Runner:
         (index, microbatch), chunk = next(microbatches), self._number_of_chunk[id(ddp)]
         layout, device = self._cfg.layout, self._groups.device
         inputs = cut(one.work.sequences, microbatch, layout, context_rank=self._groups.at.context)
-        records = one.mode.reports_experts or one.mode.keeps_experts
+        routed = one.mode.routed
+        reports = routed is not None and bool(routed[list(microbatch.sequences)].any())
+        records, measures = reports or one.mode.keeps_experts, reports and one.mode.measures_margins
         if self._routing:
             choices = self._choices(one, index, microbatch, chunk)
-            self._routing.begin(chunk, choices, records=records, train=one.mode.train)
+            self._routing.begin(chunk, choices, records=records, measures=measures, train=one.mode.train)
         tokens, positions = (torch.from_numpy(x).to(device) for x in (inputs.tokens, inputs.positions))
         description = packed(inputs.cu_seqlens.tolist(), inputs.max_seqlen, layout.context, device)
         hidden = ddp(tokens, positions, None, packed_seq_params=description)
         if self._routing and records:
             one.outcome.choices[chunk, index] = self._routing.own_choices(chunk)
+        if self._routing and measures:
+            one.outcome.margins[chunk, index] = self._routing.margins(chunk)
         return hidden, functools.partial(self._loss, one, index, microbatch, inputs)
 
     def _choices(self, one: _Pass, index: int, microbatch: Microbatch, chunk: int) -> Tensor | None:
@@ -259,11 +268,17 @@ class Runner:
         return np.split(whole, layout.tensor)[at.tensor]
 
     def _router_rows(self, one: _Pass, chunk: int, index: int) -> RouterRows:
-        """The recorded choices of one chunk and microbatch, without padding."""
+        """The recorded choices of one chunk and microbatch, for the sequences that are asked for."""
         number = self._router_numbers(one, one.work.microbatches[index])
-        experts = one.outcome.choices[chunk, index].cpu().numpy()
+        sequence = np.searchsorted(input_offsets(one.work.sequences), number, side="right") - 1
+        assert one.mode.routed is not None
+        is_wanted = (number >= 0) & one.mode.routed[sequence]
+        margins = one.outcome.margins.get((chunk, index))
         return RouterRows(
-            number=number[number >= 0], layers=self._routing.layers(chunk), experts=experts[number >= 0]
+            number=number[is_wanted],
+            layers=self._routing.layers(chunk),
+            experts=one.outcome.choices[chunk, index].cpu().numpy()[is_wanted],
+            margin=None if margins is None else margins.cpu().numpy()[is_wanted],
         )
 
     def _loss(

@@ -33,13 +33,19 @@ from megatron_vespo.trainer.layout import (
     layers_of_chunk,
 )
 from megatron_vespo.trainer.optimizer import Optimizer
-from megatron_vespo.trainer.outputs import RankOutput
-from megatron_vespo.trainer.packing import Microbatch, crossover_tokens, plan, response_offsets
+from megatron_vespo.trainer.outputs import RankExamination, RankOutput
+from megatron_vespo.trainer.packing import (
+    Microbatch,
+    crossover_tokens,
+    padded_length,
+    plan,
+    response_offsets,
+)
 from megatron_vespo.trainer.phases import Phases
 from megatron_vespo.trainer.rank_checkpoint import RankCheckpoint
 from megatron_vespo.trainer.reference import Reference
 from megatron_vespo.trainer.step_time import known_peak_flops, training_flops
-from megatron_vespo.types import Doubles, RunError, TrainSequence, Update
+from megatron_vespo.types import Doubles, Mask, RunError, TrainSequence, Update
 
 
 class TrainerRank:
@@ -120,7 +126,7 @@ class TrainerRank:
         sequences: Sequence[TrainSequence],
         step_number: int,
         *,
-        capture_experts: bool = True,
+        routed: Sequence[int] | None = None,
         noise_variance: float = 0.0,
     ) -> RankOutput:
         """The optimizer updates on one batch: each on an equal share of it, in order.
@@ -131,6 +137,7 @@ class TrainerRank:
         Args:
             sequences: the batch of all ranks, the same on each.
             step_number: batches before this one; stands in errors.
+            routed: places of the sequences for which the routers' choices are reported; None: for all.
             noise_variance: of one token's behavior log-prob by the engine's arithmetic, nats^2.
 
         Returns:
@@ -146,9 +153,9 @@ class TrainerRank:
             from megatron_vespo.trainer.routing import check_experts
 
             check_experts(sequences, self.shape)
-        phases = Phases(self.groups.device)
+        phases, reported = Phases(self.groups.device), _places(routed, len(sequences))
         works = self._works(sequences, noise_variance)
-        before = self._before(works, step_number, phases, capture_experts)
+        before = self._before(works, step_number, phases, reported)
         kl_references: list[Outcome | None] = [None] * len(works)
         if self._reference is not None:
             self._optimizer.complete_weights()
@@ -159,7 +166,7 @@ class TrainerRank:
         for i, work in enumerate(works):
             mode = Mode(
                 train=True,
-                reports_experts=capture_experts and before[i] is None,
+                routed=reported if before[i] is None else None,
                 start=before[i] if self._algorithm.reference == "proximal" else None,
                 kl_reference=kl_references[i],
                 **self._replay(before[i]),
@@ -197,14 +204,14 @@ class TrainerRank:
         )
 
     def _before(
-        self, works: Sequence[Work], step_number: int, phases: Phases, capture_experts: bool
+        self, works: Sequence[Work], step_number: int, phases: Phases, routed: Mask | None
     ) -> Sequence[Outcome | None]:
         """Of each update, a pass under the weights of the batch's start, where anything needs one."""
         if len(works) == 1 and not self._algorithm.needs_start:
             return [None]
         mode = Mode(
             train=False,
-            reports_experts=capture_experts,
+            routed=routed,
             keeps_experts=self._cfg.router_replay == "trainer",
             replays_engine=self._cfg.router_replay == "engine",
         )
@@ -230,8 +237,11 @@ class TrainerRank:
         has_signal = np.array([s.advantage != 0 for s in work.sequences[work.share]])
         return (outcome.coefficient[work.share] / num_tokens)[has_signal]
 
-    def score(self, sequences: Sequence[TrainSequence], *, capture_experts: bool = True) -> RankOutput:
+    def score(self, sequences: Sequence[TrainSequence], *, routed: Sequence[int] | None = None) -> RankOutput:
         """Log-probs, entropies and experts of given sequences under the current weights; no gradient.
+
+        Args:
+            routed: as in `step`.
 
         Returns:
             This rank's share; `outputs.merge_scores` puts all shares together.
@@ -240,10 +250,49 @@ class TrainerRank:
             RunError: the batch is unusable, or a log-prob is not finite; on every rank.
         """
         check_batch(sequences, self.shape.vocab_size)
+        return self._pass("forward", sequences, Mode(train=False, routed=_places(routed, len(sequences))))
+
+    def examine(self, sequences: Sequence[TrainSequence]) -> RankExamination:
+        """Passes over given sequences that tell causes apart (`types.Examined`), under the current weights; no gradient.
+
+        The repeat is packed as tightly as its longest sequence allows, so that kernels meet other shapes than in the
+        first pass: its differences are those between one packing of a batch and another.
+
+        Args:
+            sequences: with the engine's experts where those are to be replayed; what cannot be is logged, and left out.
+
+        Returns:
+            This rank's share; `outputs.merge_examined` puts all shares together.
+
+        Raises:
+            RunError: the batch is unusable, or a log-prob is not finite; on every rank.
+        """
+        check_batch(sequences, self.shape.vocab_size)
+        longest = max(padded_length(len(s.token_ids), self._cfg.layout) for s in sequences)
+        places, replayed = tuple(self._replayable(sequences)), None
+        free = Mode(train=False, routed=_places(None, len(sequences)), measures_margins=True)
+        natural = self._pass("natural", sequences, free)
+        repeat = self._pass("repeat", sequences, Mode(train=False), max_tokens=longest)
+        if places:
+            mode = Mode(train=False, routed=_places(None, len(places)), replays_engine=True)
+            replayed = self._pass("replayed", [sequences[i] for i in places], mode)
+        return RankExamination(natural=natural, repeat=repeat, replayed=replayed, replayable=places)
+
+    def _replayable(self, sequences: Sequence[TrainSequence]) -> list[int]:
+        if not self.shape.num_experts:
+            return []
+        from megatron_vespo.trainer.routing import replayable
+
+        return replayable(sequences, self.shape)
+
+    def _pass(
+        self, phase: str, sequences: Sequence[TrainSequence], mode: Mode, *, max_tokens: int | None = None
+    ) -> RankOutput:
+        """One pass over all of them, as this rank's output."""
         phases = Phases(self.groups.device)
-        with phases("forward"):
-            work = self._work(sequences, slice(0, len(sequences)))
-            outcome = self._runner.run(work, Mode(train=False, reports_experts=capture_experts))
+        with phases(phase):
+            work = self._work(sequences, slice(0, len(sequences)), max_tokens=max_tokens)
+            outcome = self._runner.run(work, mode)
         return RankOutput(**_shares([outcome]), time_s=phases.time_s, memory_bytes=phases.memory_bytes)
 
     @property
@@ -272,11 +321,18 @@ class TrainerRank:
         each = num // parts
         return [self._work(sequences, slice(i * each, (i + 1) * each), noise_variance) for i in range(parts)]
 
-    def _work(self, sequences: Sequence[TrainSequence], share: slice, noise_variance: float = 0.0) -> Work:
+    def _work(
+        self,
+        sequences: Sequence[TrainSequence],
+        share: slice,
+        noise_variance: float = 0.0,
+        *,
+        max_tokens: int | None = None,
+    ) -> Work:
         ranks = plan(
             sequences[share],
             self._cfg.layout,
-            max_tokens=self._cfg.max_tokens_per_microbatch,
+            max_tokens=max_tokens or self._cfg.max_tokens_per_microbatch,
             uniform=self._uniform,
             crossover=self._crossover,
         )
@@ -374,6 +430,13 @@ class TrainerRank:
             self._checkpoint.close()
         self._optimizer.close()
         destroy_process_groups()
+
+
+def _places(chosen: Sequence[int] | None, num: int) -> Mask | None:
+    """[num] whether each place is among the chosen ones (None: all are); None where there are none."""
+    mask = np.full(num, chosen is None)
+    mask[list(chosen or ())] = True
+    return mask if mask.any() else None
 
 
 def check_batch(sequences: Sequence[TrainSequence], vocab_size: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_vespo.config import AlgorithmConfig, TrainerConfig
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.layout import Place
-from megatron_vespo.trainer.outputs import merge_scores, merge_step
+from megatron_vespo.trainer.outputs import merge_examined, merge_scores, merge_step
 from megatron_vespo.types import RunError
 
 
@@ -93,13 +93,14 @@ class Grid:
     def answers(self, method: str, *args: Any) -> list[Any]:
         return self._pool.answers(self._world_size, method, *args)
 
-    def step(self, sequences, step_number=0, capture_experts=True, noise_variance=0.0):
-        return merge_step(
-            self.call("step", sequences, step_number, capture_experts, noise_variance), sequences
-        )
+    def step(self, sequences, step_number=0, routed=None, noise_variance=0.0):
+        return merge_step(self.call("step", sequences, step_number, routed, noise_variance), sequences)
 
     def score(self, sequences):
         return merge_scores(self.call("score", sequences), sequences)
+
+    def examine(self, sequences):
+        return merge_examined(self.call("examine", sequences), sequences)
 
     def gradients(self, sequences) -> dict[str, np.ndarray]:
         """By Hugging Face name, before clipping; no weight changes."""
@@ -171,13 +172,14 @@ class _Worker:
             destroy_process_groups()
         gc.collect()  # or the threads of the old process groups stay
 
-    def step(self, sequences, step_number, capture_experts, noise_variance=0.0):
-        return self.trainer.step(
-            sequences, step_number, capture_experts=capture_experts, noise_variance=noise_variance
-        )
+    def step(self, sequences, step_number, routed, noise_variance=0.0):
+        return self.trainer.step(sequences, step_number, routed=routed, noise_variance=noise_variance)
 
     def score(self, sequences):
         return self.trainer.score(sequences)
+
+    def examine(self, sequences):
+        return self.trainer.examine(sequences)
 
     def weights(self) -> dict[str, np.ndarray]:
         return {name: tensor.float().numpy() for name, tensor in self.trainer.export()}

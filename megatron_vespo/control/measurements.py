@@ -11,12 +11,8 @@ from numpy.typing import NDArray
 
 from megatron_vespo.algo.advantages import zero_mean
 from megatron_vespo.algo.loss import token_weights
-from megatron_vespo.algo.mismatch import (
-    expert_gap,
-    expert_overlap,
-    sequence_nats,
-    token_gap,
-)
+from megatron_vespo.algo.mismatch import sequence_nats, token_gap
+from megatron_vespo.algo.routers import expert_gap, expert_overlap
 from megatron_vespo.algo.statistics import by_lag, weight_statistics
 from megatron_vespo.config import AlgorithmConfig
 from megatron_vespo.types import (

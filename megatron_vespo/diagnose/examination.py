@@ -117,9 +117,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vespo.algo.mismatch import finite_only
+from megatron_vespo.diagnose.aligned import Aligned, Pair
+from megatron_vespo.diagnose.examined_experts import errors, router, router_intervals, structure
+from megatron_vespo.diagnose.examined_logprobs import (
+    PAIRS,
+    cause_intervals,
+    causes,
+    conditioned,
+    intervals,
+    pair_metrics,
+    quantile_row,
+    semantics,
+    version_gaps,
+    worst_sequences,
+    worst_tokens,
+)
 from megatron_vespo.evidence import Evidence
 
 Row = dict[str, Any]
+_BOUNDED_PAIRS = ("mismatch", "total", "natural", "floor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +150,82 @@ class Examination:
 
 def examine(evidence: Evidence) -> Examination:
     """Compute everything that the columns of `evidence` allow."""
-    return Examination(
-        metrics={"data/num_sequences": float(len(evidence.num_response))},
-        tables={},
-        arrays={"mismatch/seq_index": np.arange(len(evidence.num_response))},
+    aligned = Aligned(evidence)
+    found = _Collected(_data(aligned), {}, {})
+    pairs = {name: pair for name in PAIRS if (pair := aligned.pair(name)) is not None}
+    for name, pair in pairs.items():
+        metrics, arrays = pair_metrics(aligned, name, pair)
+        found.add(name, metrics, {"quantiles": [quantile_row(name, metrics)]}, arrays)
+        if name in _BOUNDED_PAIRS:
+            found.add(name, {}, {"intervals": intervals(aligned, name, pair)})
+    found.add("semantics", semantics(aligned))
+    cause_metrics, cause_table = causes(aligned)
+    found.add("cause", cause_metrics, {"causes": cause_table, "intervals": cause_intervals(aligned)})
+    choices = aligned.router_pair
+    if choices is not None:
+        found.add("router", *router(aligned, choices))
+        found.add("router", {}, {"intervals": router_intervals(aligned, choices)})
+    found.add("structure", *structure(aligned, choices))
+    if "total" in pairs:
+        found.add("total", {}, {"version_gaps": version_gaps(aligned, pairs["total"])})
+    if "mismatch" in pairs:
+        _add_mismatch(found, aligned, pairs["mismatch"])
+    return Examination(metrics=found.metrics, tables=found.tables, arrays=found.arrays)
+
+
+def _add_mismatch(found: _Collected, aligned: Aligned, pair: Pair) -> None:
+    """Where the engine mismatch is."""
+    choices = aligned.router_pair
+    flips = None if choices is None else aligned.flips(choices)
+    found.add("mismatch", {}, conditioned(aligned, pair))
+    found.add(
+        "mismatch",
+        {},
+        {"sequences": worst_sequences(aligned, pair), "extreme": worst_tokens(aligned, pair, flips)},
     )
+    if choices is not None:
+        found.add("router", *errors(aligned, choices, pair))
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """An examination under way."""
+
+    metrics: dict[str, float]
+    tables: dict[str, list[Row]]
+    arrays: dict[str, NDArray[Any]]
+
+    def add(
+        self,
+        prefix: str,
+        metrics: Mapping[str, float],
+        tables: Mapping[str, list[Row]] | None = None,
+        arrays: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        """Enter numbers under their prefix; rows of a table that is there already come after its own."""
+        self.metrics.update({f"{prefix}/{name}": value for name, value in finite_only(metrics).items()})
+        for name, rows in (tables or {}).items():
+            if rows:
+                self.tables[name] = self.tables.get(name, []) + rows
+        self.arrays.update(arrays or {})
+
+
+def _data(aligned: Aligned) -> dict[str, float]:
+    """How much there is to judge by."""
+    e = aligned.evidence
+    found = {
+        "num_sequences": len(e.num_response),
+        "num_tokens": int(e.is_sampled.sum()),
+        "num_prompt_tokens": int(e.num_prompt.sum()),
+        "num_routed_sequences": int(e.is_routed.sum()),
+        "num_rows": len(aligned.sequence_R),
+        "num_experts": aligned.num_experts,
+    }
+    for experts in list(aligned.experts.values())[:1]:
+        found |= {"num_layers": experts.shape[1], "top_k": experts.shape[2]}
+    if e.reward is not None and np.isfinite(e.reward).any():
+        found["reward_mean"] = float(np.nanmean(e.reward))
+    if e.version_gap is not None and e.is_sampled.any():
+        gap = e.version_gap[e.is_sampled]
+        found |= {"version_gap_mean": float(gap.mean()), "version_gap_max": float(gap.max())}
+    return {f"data/{name}": float(value) for name, value in found.items()}

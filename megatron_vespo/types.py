@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
+Halves = NDArray[np.float16]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Experts = NDArray[np.int16]
@@ -179,7 +180,8 @@ class Examined:
     """The engine's experts are used; `experts` are what the trainer would have chosen in each layer.  None where the
     engine's experts are not known."""
     margin: Floats | None
-    """[N - 1, L] in the natural pass: score of the K-th expert minus that of the next.  None for dense models."""
+    """[N - 1, L] in the natural pass: score of the K-th expert minus that of the next, of the very scores that selected
+    them, rounded to float16; infinite where all experts are used.  None for dense models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +278,14 @@ class Trainer(Protocol):
 
         Args:
             noise_variance: of one token's behavior log-prob by the engine's arithmetic, nats^2.
+        """
+        ...
+
+    async def examine(self, sequences: Sequence[TrainSequence]) -> tuple[Examined, ...]:
+        """The passes that tell causes apart, under the current weights; no gradient, nothing changes.
+
+        Args:
+            sequences: with the engine's experts, where those are to be replayed.
         """
         ...
 

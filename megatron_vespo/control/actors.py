@@ -29,9 +29,15 @@ from megatron_vespo.rollout.weight_sync import PushOutcome, Target, WeightSync
 from megatron_vespo.rundir import RunDirectory
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.layout import Place, rank_name
-from megatron_vespo.trainer.outputs import RankOutput, merge_scores, merge_step
+from megatron_vespo.trainer.outputs import (
+    RankExamination,
+    RankOutput,
+    merge_examined,
+    merge_scores,
+    merge_step,
+)
 from megatron_vespo.trainer.step import TrainerRank
-from megatron_vespo.types import RunError, Scored, StepOutput, TrainSequence
+from megatron_vespo.types import Examined, RunError, Scored, StepOutput, TrainSequence
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +118,9 @@ class RankActor:
 
     def score(self, sequences: Sequence[TrainSequence]) -> RankOutput:
         return self._rank.score(sequences, capture_experts=False)
+
+    def examine(self, sequences: Sequence[TrainSequence]) -> RankExamination:
+        return self._rank.examine(sequences)
 
     def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
         """Gather the weights on all ranks, and push them from rank 0 (the others: None)."""
@@ -243,6 +252,11 @@ class TrainerGroup:
         """Log-probs under the weights that the ranks hold."""
         async with self._turn:
             return merge_scores(await self._all("score", list(sequences)), sequences)
+
+    async def examine(self, sequences: Sequence[TrainSequence]) -> tuple[Examined, ...]:
+        batch = ray.put(list(sequences))
+        async with self._turn:
+            return merge_examined(await self._all("examine", batch), sequences)
 
     async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
         batch = ray.put(list(sequences))

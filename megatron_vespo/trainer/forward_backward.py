@@ -59,6 +59,8 @@ class Mode:
     """Whether the routers' own choices are part of the rank's output."""
     keeps_experts: bool = False
     """Whether they stay on the device, for another pass to repeat."""
+    reports_margins: bool = False
+    """Whether the rank's output says by how much those choices were made; needs `reports_experts`."""
     replays_engine: bool = False
     """Whether the engine's expert choices are used (R3)."""
     replayed: Outcome | None = None
@@ -82,6 +84,8 @@ class Outcome:
     routing: list[RouterRows] = field(default_factory=list)
     choices: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """By (chunk, microbatch): [t, l, K] int16, what the routers chose by themselves."""
+    margins: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """By (chunk, microbatch): [t, l] float16, by how much."""
     sums: Doubles
     """[3] loss, entropy, k3 of the reference, of trained tokens; summed over all ranks at the end."""
     log_w: Doubles
@@ -200,6 +204,7 @@ class Runner:
                 self._routing.clear()
         if mode.reports_experts:
             outcome.routing = [self._router_rows(one, *place) for place in outcome.choices]
+        outcome.margins.clear()
         if not mode.keeps_experts:
             outcome.choices.clear()
         for index, scores in one.scores.items():
@@ -232,12 +237,16 @@ class Runner:
         records = one.mode.reports_experts or one.mode.keeps_experts
         if self._routing:
             choices = self._choices(one, index, microbatch, chunk)
-            self._routing.begin(chunk, choices, records=records, train=one.mode.train)
+            self._routing.begin(
+                chunk, choices, records=records, measures=one.mode.reports_margins, train=one.mode.train
+            )
         tokens, positions = (torch.from_numpy(x).to(device) for x in (inputs.tokens, inputs.positions))
         description = packed(inputs.cu_seqlens.tolist(), inputs.max_seqlen, layout.context, device)
         hidden = ddp(tokens, positions, None, packed_seq_params=description)
         if self._routing and records:
             one.outcome.choices[chunk, index] = self._routing.own_choices(chunk)
+        if self._routing and one.mode.reports_margins:
+            one.outcome.margins[chunk, index] = self._routing.margins(chunk)
         return hidden, functools.partial(self._loss, one, index, microbatch, inputs)
 
     def _choices(self, one: _Pass, index: int, microbatch: Microbatch, chunk: int) -> Tensor | None:
@@ -261,9 +270,13 @@ class Runner:
     def _router_rows(self, one: _Pass, chunk: int, index: int) -> RouterRows:
         """The recorded choices of one chunk and microbatch, without padding."""
         number = self._router_numbers(one, one.work.microbatches[index])
-        experts = one.outcome.choices[chunk, index].cpu().numpy()
+        is_input = number >= 0
+        margins = one.outcome.margins.get((chunk, index))
         return RouterRows(
-            number=number[number >= 0], layers=self._routing.layers(chunk), experts=experts[number >= 0]
+            number=number[is_input],
+            layers=self._routing.layers(chunk),
+            experts=one.outcome.choices[chunk, index].cpu().numpy()[is_input],
+            margin=None if margins is None else margins.cpu().numpy()[is_input],
         )
 
     def _loss(

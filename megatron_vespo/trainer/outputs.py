@@ -15,8 +15,10 @@ import numpy as np
 from megatron_vespo.trainer.packing import Index, input_offsets, response_offsets
 from megatron_vespo.types import (
     Doubles,
+    Examined,
     Experts,
     Floats,
+    Halves,
     Ints,
     RunError,
     Scored,
@@ -36,6 +38,8 @@ class RouterRows:
     """[l] counted from the model's first layer with a router."""
     experts: Experts
     """[R, l, K]"""
+    margin: Halves | None = None
+    """[R, l] score of the K-th expert minus that of the next; None where it was not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,17 @@ class RankOutput:
     """Of this rank's device."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankExamination:
+    """One rank's share of the passes of `TrainerRank.examine`."""
+
+    natural: RankOutput
+    repeat: RankOutput
+    replayed: RankOutput | None
+    """Of the sequences at the places `replayable` alone; None where there are none."""
+    replayable: tuple[int, ...]
+
+
 def merge_scores(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
     """`Scored` of every sequence, in the given order, from the outputs of all ranks.
 
@@ -89,6 +104,28 @@ def merge_scores(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequenc
             experts=experts[i],
         )
         for i, (a, b) in enumerate(itertools.pairwise(offsets))
+    )
+
+
+def merge_examined(
+    outputs: Sequence[RankExamination], sequences: Sequence[TrainSequence]
+) -> tuple[Examined, ...]:
+    """`Examined` of every sequence, in the given order, from the outputs of all ranks.
+
+    Raises:
+        RunError: as `merge_scores`.
+    """
+    natural = [output.natural for output in outputs]
+    repeat = merge_scores([output.repeat for output in outputs], sequences)
+    places = outputs[0].replayable
+    replayed = merge_scores(
+        [output.replayed for output in outputs if output.replayed], [sequences[i] for i in places]
+    )
+    replayed_at = dict(zip(places, replayed, strict=True))
+    margins = _margins(natural, sequences)
+    return tuple(
+        Examined(natural=scored, repeat=repeat[i].logp, replayed=replayed_at.get(i), margin=margins[i])
+        for i, scored in enumerate(merge_scores(natural, sequences))
     )
 
 
@@ -125,12 +162,28 @@ def _experts(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]) 
     if not rows:
         return [None] * len(sequences)
     offsets = input_offsets(sequences)
-    num_layers = 1 + max(int(row.layers.max()) for row in rows)
-    whole = np.full((int(offsets[-1]), num_layers, rows[0].experts.shape[-1]), -1, np.int16)
+    whole = np.full((int(offsets[-1]), _num_layers(rows), rows[0].experts.shape[-1]), -1, np.int16)
     for row in rows:
         whole[row.number[:, None], row.layers[None, :]] = row.experts
     _check_complete(np.where((whole < 0).any((1, 2)), np.nan, np.float32(0)), "experts of input")
     return [whole[a:b] for a, b in itertools.pairwise(offsets)]
+
+
+def _margins(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]) -> list[Floats | None]:
+    rows = [row for output in outputs for row in output.routing]
+    if not rows:
+        return [None] * len(sequences)
+    offsets = input_offsets(sequences)
+    whole = np.full((int(offsets[-1]), _num_layers(rows)), np.nan, np.float32)
+    for row in rows:
+        assert row.margin is not None, "the output of a pass that did not measure them"
+        whole[row.number[:, None], row.layers[None, :]] = row.margin
+    _check_complete(whole.sum(1), "margins of input")
+    return [whole[a:b] for a, b in itertools.pairwise(offsets)]
+
+
+def _num_layers(rows: Sequence[RouterRows]) -> int:
+    return 1 + max(int(row.layers.max()) for row in rows)
 
 
 def _check_complete(values: Floats, what: str) -> None:

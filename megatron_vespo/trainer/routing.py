@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ from megatron_vespo.trainer.hf_config import ModelShape
 from megatron_vespo.trainer.packing import Index, input_offsets
 from megatron_vespo.types import Experts, Mask, RunError, TrainSequence
 
+logger = logging.getLogger(__name__)
+
 
 class _Listener(RouterReplay):
     """One router's record and replay; Megatron calls `get_replay_topk` once for every pass through the layer."""
@@ -37,19 +40,21 @@ class _Listener(RouterReplay):
         # Not upstream's: that appends every instance to a list of the process, which outlives the model.
         self.own: Tensor | None = None
         """[t, K] what the router's logits chose in the last announced pass, or would have chosen."""
-        self._announced = self._records = self._recomputed = False
+        self.margin: Tensor | None = None
+        """[t] float16, score of the last expert chosen by the logits minus that of the next one."""
+        self._announced = self._records = self._measures = self._recomputed = False
         self._target: Tensor | None = None
         self._forwards: deque[Tensor] = deque()
 
-    def begin(self, target: Tensor | None, *, records: bool, recomputed: bool) -> None:
+    def begin(self, target: Tensor | None, *, records: bool, measures: bool, recomputed: bool) -> None:
         """The next call is a forward pass; it uses `target` [t, K] int64, or what the logits choose."""
         self._announced, self._target = True, target
-        self._records, self._recomputed = records, recomputed
+        self._records, self._measures, self._recomputed = records, measures, recomputed
 
     def clear(self) -> None:
         """Forget what was recorded, and forwards that were never recomputed because the pass failed."""
         self._forwards.clear()
-        self.own = self._target = None
+        self.own = self.margin = self._target = None
         self._announced = False
 
     def get_replay_topk(
@@ -74,6 +79,8 @@ class _Listener(RouterReplay):
             self._forwards.append(chosen)
         if self._records:
             self.own = chosen if self._target is None else choose(scores.detach())[1]
+        if self._measures:
+            self.margin = _margin(scores.detach(), topk)
         return values, chosen
 
 
@@ -84,6 +91,14 @@ def _at(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             "replayed choices disagree, which is a defect of the trainer"
         )
     return scores.gather(1, target), target
+
+
+def _margin(scores: Tensor, topk: int) -> Tensor:
+    """[t] float16; infinite where all experts are used.  Of groups of experts `model.py` knows nothing."""
+    if topk == scores.shape[1]:
+        return torch.full_like(scores[:, 0], torch.inf, dtype=torch.float16)
+    best = scores.topk(topk + 1, dim=1).values
+    return (best[:, -2] - best[:, -1]).half()
 
 
 class Routing:
@@ -120,22 +135,29 @@ class Routing:
         """[l] global layers with a router in a chunk."""
         return self._layers[chunk]
 
-    def begin(self, chunk: int, replayed_tlK: Tensor | None, *, records: bool, train: bool) -> None:
+    def begin(
+        self, chunk: int, replayed_tlK: Tensor | None, *, records: bool, measures: bool, train: bool
+    ) -> None:
         """Announce the next forward pass of a chunk.
 
         Args:
             replayed_tlK: choices to use, int64 on the routers' device; None: the routers choose.
             records: whether `own_choices` will be asked for.
+            measures: whether `margins` will be asked for.
             train: whether a backward pass follows.
         """
         for i, listener in enumerate(self._listeners[chunk]):
             target = None if replayed_tlK is None else replayed_tlK[:, i]
-            listener.begin(target, records=records, recomputed=train and self._recompute)
+            listener.begin(target, records=records, measures=measures, recomputed=train and self._recompute)
 
     def own_choices(self, chunk: int) -> Tensor:
         """[t, l, K] int16: what the chunk's routers chose in the pass announced last, or would have without replay."""
         own = [listener.own for listener in self._listeners[chunk]]
         return torch.stack([_recorded(x) for x in own], 1).to(torch.int16)
+
+    def margins(self, chunk: int) -> Tensor:
+        """[t, l] float16: by how much each router's last choice beat the next expert, in the scores that select."""
+        return torch.stack([_recorded(listener.margin) for listener in self._listeners[chunk]], 1)
 
     def clear(self) -> None:
         """At the end of a pass over all microbatches."""
@@ -214,6 +236,24 @@ def check_experts(sequences: Sequence[TrainSequence], shape: ModelShape) -> None
             )
 
 
-def _recorded(own: Tensor | None) -> Tensor:
-    assert own is not None, "the pass was not announced with records=True"
-    return own
+def replayable(sequences: Sequence[TrainSequence], shape: ModelShape) -> list[int]:
+    """Places of the sequences whose choices a pass can repeat; what is wrong with the others' goes to the log."""
+    places = list[int]()
+    for place, s in enumerate(sequences):
+        if s.experts is None:
+            continue
+        try:
+            check_experts([s], shape)
+        except RunError as err:
+            logger.warning("not replayed: %s", err)
+            continue
+        if _repeating(s.experts).any():
+            logger.warning("not replayed: sequence %s: a row of expert choices names one expert twice", s.uid)
+            continue
+        places.append(place)
+    return places
+
+
+def _recorded(values: Tensor | None) -> Tensor:
+    assert values is not None, "the pass was not announced with records=True (or measures=True)"
+    return values

@@ -33,8 +33,14 @@ from megatron_vespo.trainer.layout import (
     layers_of_chunk,
 )
 from megatron_vespo.trainer.optimizer import Optimizer
-from megatron_vespo.trainer.outputs import RankOutput
-from megatron_vespo.trainer.packing import Microbatch, crossover_tokens, plan, response_offsets
+from megatron_vespo.trainer.outputs import RankExamination, RankOutput
+from megatron_vespo.trainer.packing import (
+    Microbatch,
+    crossover_tokens,
+    padded_length,
+    plan,
+    response_offsets,
+)
 from megatron_vespo.trainer.phases import Phases
 from megatron_vespo.trainer.rank_checkpoint import RankCheckpoint
 from megatron_vespo.trainer.reference import Reference
@@ -240,10 +246,49 @@ class TrainerRank:
             RunError: the batch is unusable, or a log-prob is not finite; on every rank.
         """
         check_batch(sequences, self.shape.vocab_size)
+        return self._pass("forward", sequences, Mode(train=False, reports_experts=capture_experts))
+
+    def examine(self, sequences: Sequence[TrainSequence]) -> RankExamination:
+        """Passes over given sequences that tell causes apart (`types.Examined`), under the current weights; no gradient.
+
+        The repeat is packed as tightly as its longest sequence allows, so that kernels meet other shapes than in the
+        first pass: its differences are those between one packing of a batch and another.
+
+        Args:
+            sequences: with the engine's experts where those are to be replayed; what cannot be is logged, and left out.
+
+        Returns:
+            This rank's share; `outputs.merge_examined` puts all shares together.
+
+        Raises:
+            RunError: the batch is unusable, or a log-prob is not finite; on every rank.
+        """
+        check_batch(sequences, self.shape.vocab_size)
+        longest = max(padded_length(len(s.token_ids), self._cfg.layout) for s in sequences)
+        places, replayed = tuple(self._replayable(sequences)), None
+        free = Mode(train=False, reports_experts=True, reports_margins=True)
+        natural = self._pass("natural", sequences, free)
+        repeat = self._pass("repeat", sequences, Mode(train=False), max_tokens=longest)
+        if places:
+            mode = Mode(train=False, reports_experts=True, replays_engine=True)
+            replayed = self._pass("replayed", [sequences[i] for i in places], mode)
+        return RankExamination(natural=natural, repeat=repeat, replayed=replayed, replayable=places)
+
+    def _replayable(self, sequences: Sequence[TrainSequence]) -> list[int]:
+        if not self.shape.num_experts:
+            return []
+        from megatron_vespo.trainer.routing import replayable
+
+        return replayable(sequences, self.shape)
+
+    def _pass(
+        self, phase: str, sequences: Sequence[TrainSequence], mode: Mode, *, max_tokens: int | None = None
+    ) -> RankOutput:
+        """One pass over all of them, as this rank's output."""
         phases = Phases(self.groups.device)
-        with phases("forward"):
-            work = self._work(sequences, slice(0, len(sequences)))
-            outcome = self._runner.run(work, Mode(train=False, reports_experts=capture_experts))
+        with phases(phase):
+            work = self._work(sequences, slice(0, len(sequences)), max_tokens=max_tokens)
+            outcome = self._runner.run(work, mode)
         return RankOutput(**_shares([outcome]), time_s=phases.time_s, memory_bytes=phases.memory_bytes)
 
     @property
@@ -272,11 +317,18 @@ class TrainerRank:
         each = num // parts
         return [self._work(sequences, slice(i * each, (i + 1) * each), noise_variance) for i in range(parts)]
 
-    def _work(self, sequences: Sequence[TrainSequence], share: slice, noise_variance: float = 0.0) -> Work:
+    def _work(
+        self,
+        sequences: Sequence[TrainSequence],
+        share: slice,
+        noise_variance: float = 0.0,
+        *,
+        max_tokens: int | None = None,
+    ) -> Work:
         ranks = plan(
             sequences[share],
             self._cfg.layout,
-            max_tokens=self._cfg.max_tokens_per_microbatch,
+            max_tokens=max_tokens or self._cfg.max_tokens_per_microbatch,
             uniform=self._uniform,
             crossover=self._crossover,
         )

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_vespo.config import AlgorithmConfig, TrainerConfig
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.layout import Place
-from megatron_vespo.trainer.outputs import merge_scores, merge_step
+from megatron_vespo.trainer.outputs import merge_examined, merge_scores, merge_step
 from megatron_vespo.types import RunError
 
 
@@ -101,6 +101,9 @@ class Grid:
     def score(self, sequences):
         return merge_scores(self.call("score", sequences), sequences)
 
+    def examine(self, sequences):
+        return merge_examined(self.call("examine", sequences), sequences)
+
     def gradients(self, sequences) -> dict[str, np.ndarray]:
         """By Hugging Face name, before clipping; no weight changes."""
         return self.call("gradients", sequences)[0]
@@ -178,6 +181,9 @@ class _Worker:
 
     def score(self, sequences):
         return self.trainer.score(sequences)
+
+    def examine(self, sequences):
+        return self.trainer.examine(sequences)
 
     def weights(self) -> dict[str, np.ndarray]:
         return {name: tensor.float().numpy() for name, tensor in self.trainer.export()}

@@ -149,6 +149,101 @@ def test_several_updates_replay_the_engines_choices_from_the_start(
         np.testing.assert_allclose(a.logp, b.logp, atol=1e-5)
 
 
+# ---------------------------------------------------------------------------------- passes that tell causes apart
+
+
+@pytest.fixture(scope="module")
+def examined_on_one_rank(pool, tiny_moe, foreign_batch):
+    return pool.grid(trainer_config(), tiny_moe).examine(foreign_batch)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"max_tokens": 32},
+        {"tensor": 2, "context": 2, "max_tokens": 64},
+        {"pipeline": 2, "virtual_pipeline": 2, "data": 2, "expert": 2, "max_tokens": 32},
+        {"tensor": 2, "data": 2, "expert": 2, "expert_tensor": 2, "max_tokens": 32},
+    ],
+    ids=str,
+)
+def test_an_examination_says_the_same_in_every_layout(
+    pool, tiny_moe, foreign_batch, examined_on_one_rank, axes
+):
+    got = pool.grid(trainer_config(**axes), tiny_moe).examine(foreign_batch)
+    for a, b in zip(got, examined_on_one_rank, strict=True):
+        for ours, theirs in ((a.natural, b.natural), (a.replayed, b.replayed)):
+            np.testing.assert_allclose(ours.logp, theirs.logp, atol=1e-5)
+            np.testing.assert_array_equal(np.sort(ours.experts), np.sort(theirs.experts))
+        np.testing.assert_allclose(a.repeat, b.natural.logp, atol=1e-5)
+        np.testing.assert_allclose(a.margin, b.margin, atol=1e-5, rtol=2**-10)
+
+
+def test_the_passes_of_an_examination_are_scoring_and_replay(
+    pool, tiny_moe, foreign_batch, examined_on_one_rank, replayed_on_one_rank
+):
+    free = pool.grid(trainer_config(), tiny_moe).score(foreign_batch)
+    for got, natural, replayed in zip(
+        examined_on_one_rank, free, replayed_on_one_rank[1].scored, strict=True
+    ):
+        np.testing.assert_array_equal(got.natural.logp, natural.logp)
+        np.testing.assert_array_equal(got.natural.experts, natural.experts)
+        np.testing.assert_allclose(got.replayed.logp, replayed.logp, atol=1e-6)
+        np.testing.assert_array_equal(np.sort(got.replayed.experts), np.sort(replayed.experts))
+
+
+def test_margins_are_those_of_the_scores_that_transformers_selects_by(
+    tiny_moe, foreign_batch, examined_on_one_rank
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32, attn_implementation="eager")
+    logits: list[torch.Tensor] = []
+    for block in model.model.layers:
+        block.mlp.gate.register_forward_hook(
+            lambda gate, inputs, _: logits.append(inputs[0].reshape(-1, gate.hidden_dim) @ gate.weight.T)
+        )
+    for s, got in zip(foreign_batch, examined_on_one_rank, strict=True):
+        logits.clear()
+        with torch.no_grad():
+            model(torch.from_numpy(s.token_ids[None, :-1].astype(np.int64)))
+        best = torch.stack(logits, 1).sort(-1, descending=True).values
+        np.testing.assert_allclose(got.margin, (best[..., 1] - best[..., 2]).numpy(), atol=1e-5, rtol=2**-10)
+
+
+def test_replaying_the_trainers_own_choices_changes_nothing(
+    pool, tiny_moe, moderate_batch, examined_on_one_rank
+):
+    own = [
+        replace(s, experts=x.natural.experts)
+        for s, x in zip(moderate_batch, examined_on_one_rank, strict=True)
+    ]
+    cfg = trainer_config(pipeline=2, virtual_pipeline=2, max_tokens=32)
+    for got in pool.grid(cfg, tiny_moe).examine(own):
+        np.testing.assert_allclose(got.replayed.logp, got.natural.logp, atol=1e-6)
+        np.testing.assert_array_equal(np.sort(got.replayed.experts), np.sort(got.natural.experts))
+
+
+def test_what_cannot_be_replayed_is_left_out_of_that_pass_alone(
+    pool, tiny_moe, foreign_batch, examined_on_one_rank
+):
+    grid = pool.grid(trainer_config(data=2), tiny_moe)
+    broken = [without_experts, with_a_row_of_zeros, with_a_sentinel, with_short_rows]
+    batch = [*(b(s) for b, s in zip(broken, foreign_batch, strict=False)), *foreign_batch[len(broken) :]]
+    before = grid.weights()
+    got = grid.examine(batch)
+    assert [x.replayed is None for x in got] == [True] * 4 + [False] * 2
+    for a, b in zip(got, examined_on_one_rank, strict=True):
+        np.testing.assert_allclose(a.natural.logp, b.natural.logp, atol=1e-5)
+        if a.replayed is not None:
+            np.testing.assert_allclose(a.replayed.logp, b.replayed.logp, atol=1e-5)
+    assert largest_gap(grid.weights(), before) == 0.0
+
+
+def test_a_dense_model_has_no_margins_and_replays_nothing(pool, tiny_dense):
+    (got,) = pool.grid(trainer_config(), tiny_dense).examine(make_batch(1))
+    assert got.margin is None and got.replayed is None and got.natural.experts is None
+    np.testing.assert_allclose(got.repeat, got.natural.logp, atol=1e-5)
+
+
 def without_experts(s):
     return replace(s, experts=None)
 

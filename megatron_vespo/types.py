@@ -20,7 +20,7 @@ Ints = NDArray[np.int32]
 Halves = NDArray[np.float16]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-Experts = NDArray[np.int16]
+Experts = NDArray[np.uint8 | np.uint16]
 Mask = NDArray[np.bool_]
 
 

@@ -146,7 +146,7 @@ def measure(case: Case, model: Path, place: Place) -> dict[str, float]:
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     saved = SavedTensors(parameters)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
-        rank.step(batch(), 0, capture_experts=False)
+        rank.step(batch(), 0, routed=())
     buffers = [b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     measured = {
         "weights": float(sum(p.nbytes for p in parameters)),

@@ -273,11 +273,17 @@ class SyncReport:
 class Trainer(Protocol):
     """pi: the policy's weights and their optimizer, on all ranks together."""
 
-    async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
+    async def step(
+        self,
+        sequences: Sequence[TrainSequence],
+        noise_variance: float = 0.0,
+        routed: Sequence[int] | None = None,
+    ) -> StepOutput:
         """The optimizer updates on one batch, which make the next version.
 
         Args:
             noise_variance: of one token's behavior log-prob by the engine's arithmetic, nats^2.
+            routed: places of the sequences for which expert choices are reported; None: for all.
         """
         ...
 

@@ -109,15 +109,13 @@ class RankActor:
         self,
         sequences: Sequence[TrainSequence],
         step_number: int,
-        capture_experts: bool,
+        routed: Sequence[int] | None,
         noise_variance: float,
     ) -> RankOutput:
-        return self._rank.step(
-            sequences, step_number, capture_experts=capture_experts, noise_variance=noise_variance
-        )
+        return self._rank.step(sequences, step_number, routed=routed, noise_variance=noise_variance)
 
-    def score(self, sequences: Sequence[TrainSequence]) -> RankOutput:
-        return self._rank.score(sequences, capture_experts=False)
+    def score(self, sequences: Sequence[TrainSequence], routed: Sequence[int] | None) -> RankOutput:
+        return self._rank.score(sequences, routed=routed)
 
     def examine(self, sequences: Sequence[TrainSequence]) -> RankExamination:
         return self._rank.examine(sequences)
@@ -179,7 +177,7 @@ class TrainerGroup:
         """
         Args:
             version: of the checkpoint to continue from; 0: start from the model.
-            records_experts: whether a step reports the routers' choices.
+            records_experts: whether the routers' choices are ever reported.
         """
         self._cluster, self._start_version = cluster, version
         self.saved_version = 0
@@ -249,26 +247,35 @@ class TrainerGroup:
             return (await self._all("push", list(targets), version))[0] if version == self._version else None
 
     async def score(self, sequences: Sequence[TrainSequence]) -> tuple[Scored, ...]:
-        """Log-probs under the weights that the ranks hold."""
+        """Log-probs, and the routers' choices, under the weights that the ranks hold."""
         async with self._turn:
-            return merge_scores(await self._all("score", list(sequences)), sequences)
+            outputs = await self._all("score", list(sequences), self._reported(None))
+            return merge_scores(outputs, sequences)
 
     async def examine(self, sequences: Sequence[TrainSequence]) -> tuple[Examined, ...]:
         batch = ray.put(list(sequences))
         async with self._turn:
             return merge_examined(await self._all("examine", batch), sequences)
 
-    async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
+    async def step(
+        self,
+        sequences: Sequence[TrainSequence],
+        noise_variance: float = 0.0,
+        routed: Sequence[int] | None = None,
+    ) -> StepOutput:
         batch = ray.put(list(sequences))
         async with self._turn:
             calls = [
-                actor.step.remote(batch, self._version, self._records_experts, noise_variance)
+                actor.step.remote(batch, self._version, self._reported(routed), noise_variance)
                 for actor in self._actors
             ]
             outputs = await self._gather("step", calls, deadline_s=math.inf)  # the loop's clock bounds it
             self._version += 1
         await self._commit_if_written()  # the ranks have time to answer, and the files had time to be written
         return merge_step(outputs, sequences)
+
+    def _reported(self, routed: Sequence[int] | None) -> Sequence[int] | None:
+        return routed if self._records_experts else ()
 
     async def save(self, version: int, state: Mapping[str, Any]) -> None:
         """Begin a checkpoint named after `version`, after the one before is on disk.

@@ -21,9 +21,9 @@ from megatron_vespo.algo.loss import kl_penalty, policy_loss
 from megatron_vespo.config import AlgorithmConfig, TrainerConfig
 from megatron_vespo.trainer.layout import Groups, rank_name
 from megatron_vespo.trainer.outputs import RouterRows
-from megatron_vespo.trainer.packing import Inputs, Microbatch, cut, input_numbers
+from megatron_vespo.trainer.packing import Inputs, Microbatch, cut, input_numbers, input_offsets
 from megatron_vespo.trainer.shaping import Shaped, shape
-from megatron_vespo.types import Doubles, RunError, TrainSequence
+from megatron_vespo.types import Doubles, Mask, RunError, TrainSequence
 
 PROBLEMS = ("loss", "log W", "log-prob", "row of expert choices")
 """Numbers that are checked, each the cause of those before it."""
@@ -55,12 +55,12 @@ class Mode:
 
     train: bool
     """Forward, loss and backward; else forward alone."""
-    reports_experts: bool = False
-    """Whether the routers' own choices are part of the rank's output."""
+    routed: Mask | None = None
+    """[B] sequences for which the routers' own choices are part of the rank's output; None: for none."""
+    measures_margins: bool = False
+    """Whether the output also says by how much those choices were made."""
     keeps_experts: bool = False
-    """Whether they stay on the device, for another pass to repeat."""
-    reports_margins: bool = False
-    """Whether the rank's output says by how much those choices were made; needs `reports_experts`."""
+    """Whether all choices stay on the device, for another pass to repeat."""
     replays_engine: bool = False
     """Whether the engine's expert choices are used (R3)."""
     replayed: Outcome | None = None
@@ -202,7 +202,7 @@ class Runner:
         finally:
             if self._routing:
                 self._routing.clear()
-        if mode.reports_experts:
+        if mode.routed is not None:
             outcome.routing = [self._router_rows(one, *place) for place in outcome.choices]
         outcome.margins.clear()
         if not mode.keeps_experts:
@@ -234,18 +234,18 @@ class Runner:
         (index, microbatch), chunk = next(microbatches), self._number_of_chunk[id(ddp)]
         layout, device = self._cfg.layout, self._groups.device
         inputs = cut(one.work.sequences, microbatch, layout, context_rank=self._groups.at.context)
-        records = one.mode.reports_experts or one.mode.keeps_experts
+        routed = one.mode.routed
+        reports = routed is not None and bool(routed[list(microbatch.sequences)].any())
+        records, measures = reports or one.mode.keeps_experts, reports and one.mode.measures_margins
         if self._routing:
             choices = self._choices(one, index, microbatch, chunk)
-            self._routing.begin(
-                chunk, choices, records=records, measures=one.mode.reports_margins, train=one.mode.train
-            )
+            self._routing.begin(chunk, choices, records=records, measures=measures, train=one.mode.train)
         tokens, positions = (torch.from_numpy(x).to(device) for x in (inputs.tokens, inputs.positions))
         description = packed(inputs.cu_seqlens.tolist(), inputs.max_seqlen, layout.context, device)
         hidden = ddp(tokens, positions, None, packed_seq_params=description)
         if self._routing and records:
             one.outcome.choices[chunk, index] = self._routing.own_choices(chunk)
-        if self._routing and one.mode.reports_margins:
+        if self._routing and measures:
             one.outcome.margins[chunk, index] = self._routing.margins(chunk)
         return hidden, functools.partial(self._loss, one, index, microbatch, inputs)
 
@@ -268,15 +268,17 @@ class Runner:
         return np.split(whole, layout.tensor)[at.tensor]
 
     def _router_rows(self, one: _Pass, chunk: int, index: int) -> RouterRows:
-        """The recorded choices of one chunk and microbatch, without padding."""
+        """The recorded choices of one chunk and microbatch, for the sequences that are asked for."""
         number = self._router_numbers(one, one.work.microbatches[index])
-        is_input = number >= 0
+        sequence = np.searchsorted(input_offsets(one.work.sequences), number, side="right") - 1
+        assert one.mode.routed is not None
+        is_wanted = (number >= 0) & one.mode.routed[sequence]
         margins = one.outcome.margins.get((chunk, index))
         return RouterRows(
-            number=number[is_input],
+            number=number[is_wanted],
             layers=self._routing.layers(chunk),
-            experts=one.outcome.choices[chunk, index].cpu().numpy()[is_input],
-            margin=None if margins is None else margins.cpu().numpy()[is_input],
+            experts=one.outcome.choices[chunk, index].cpu().numpy()[is_wanted],
+            margin=None if margins is None else margins.cpu().numpy()[is_wanted],
         )
 
     def _loss(

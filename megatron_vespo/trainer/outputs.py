@@ -59,7 +59,7 @@ class RankOutput:
     top_k_mass: Floats
     """[S]; empty where it was not asked for."""
     routing: tuple[RouterRows, ...]
-    """One for each microbatch and model chunk; empty for dense models or when not captured."""
+    """One for each microbatch and model chunk; empty for dense models, without what was not asked for."""
     log_w: Doubles | None = None
     """[B'] whole-sequence log W of what was trained on (`StepOutput`), whole; None after scoring."""
     coefficient: Doubles | None = None
@@ -165,8 +165,15 @@ def _experts(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]) 
     whole = np.full((int(offsets[-1]), _num_layers(rows), rows[0].experts.shape[-1]), -1, np.int16)
     for row in rows:
         whole[row.number[:, None], row.layers[None, :]] = row.experts
-    _check_complete(np.where((whole < 0).any((1, 2)), np.nan, np.float32(0)), "experts of input")
-    return [whole[a:b] for a, b in itertools.pairwise(offsets)]
+    found: list[Experts | None] = []
+    for a, b in itertools.pairwise(offsets):
+        is_missing = (whole[a:b] < 0).any((1, 2))
+        if is_missing.all():  # not asked for
+            found.append(None)
+            continue
+        _check_complete(np.where(is_missing, np.nan, np.float32(0)), "experts of a sequence's input")
+        found.append(whole[a:b])
+    return found
 
 
 def _margins(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]) -> list[Floats | None]:

@@ -45,7 +45,7 @@ from megatron_vespo.trainer.phases import Phases
 from megatron_vespo.trainer.rank_checkpoint import RankCheckpoint
 from megatron_vespo.trainer.reference import Reference
 from megatron_vespo.trainer.step_time import known_peak_flops, training_flops
-from megatron_vespo.types import Doubles, RunError, TrainSequence, Update
+from megatron_vespo.types import Doubles, Mask, RunError, TrainSequence, Update
 
 
 class TrainerRank:
@@ -126,7 +126,7 @@ class TrainerRank:
         sequences: Sequence[TrainSequence],
         step_number: int,
         *,
-        capture_experts: bool = True,
+        routed: Sequence[int] | None = None,
         noise_variance: float = 0.0,
     ) -> RankOutput:
         """The optimizer updates on one batch: each on an equal share of it, in order.
@@ -137,6 +137,7 @@ class TrainerRank:
         Args:
             sequences: the batch of all ranks, the same on each.
             step_number: batches before this one; stands in errors.
+            routed: places of the sequences for which the routers' choices are reported; None: for all.
             noise_variance: of one token's behavior log-prob by the engine's arithmetic, nats^2.
 
         Returns:
@@ -152,9 +153,9 @@ class TrainerRank:
             from megatron_vespo.trainer.routing import check_experts
 
             check_experts(sequences, self.shape)
-        phases = Phases(self.groups.device)
+        phases, reported = Phases(self.groups.device), _places(routed, len(sequences))
         works = self._works(sequences, noise_variance)
-        before = self._before(works, step_number, phases, capture_experts)
+        before = self._before(works, step_number, phases, reported)
         kl_references: list[Outcome | None] = [None] * len(works)
         if self._reference is not None:
             self._optimizer.complete_weights()
@@ -165,7 +166,7 @@ class TrainerRank:
         for i, work in enumerate(works):
             mode = Mode(
                 train=True,
-                reports_experts=capture_experts and before[i] is None,
+                routed=reported if before[i] is None else None,
                 start=before[i] if self._algorithm.reference == "proximal" else None,
                 kl_reference=kl_references[i],
                 **self._replay(before[i]),
@@ -203,14 +204,14 @@ class TrainerRank:
         )
 
     def _before(
-        self, works: Sequence[Work], step_number: int, phases: Phases, capture_experts: bool
+        self, works: Sequence[Work], step_number: int, phases: Phases, routed: Mask | None
     ) -> Sequence[Outcome | None]:
         """Of each update, a pass under the weights of the batch's start, where anything needs one."""
         if len(works) == 1 and not self._algorithm.needs_start:
             return [None]
         mode = Mode(
             train=False,
-            reports_experts=capture_experts,
+            routed=routed,
             keeps_experts=self._cfg.router_replay == "trainer",
             replays_engine=self._cfg.router_replay == "engine",
         )
@@ -236,8 +237,11 @@ class TrainerRank:
         has_signal = np.array([s.advantage != 0 for s in work.sequences[work.share]])
         return (outcome.coefficient[work.share] / num_tokens)[has_signal]
 
-    def score(self, sequences: Sequence[TrainSequence], *, capture_experts: bool = True) -> RankOutput:
+    def score(self, sequences: Sequence[TrainSequence], *, routed: Sequence[int] | None = None) -> RankOutput:
         """Log-probs, entropies and experts of given sequences under the current weights; no gradient.
+
+        Args:
+            routed: as in `step`.
 
         Returns:
             This rank's share; `outputs.merge_scores` puts all shares together.
@@ -246,7 +250,7 @@ class TrainerRank:
             RunError: the batch is unusable, or a log-prob is not finite; on every rank.
         """
         check_batch(sequences, self.shape.vocab_size)
-        return self._pass("forward", sequences, Mode(train=False, reports_experts=capture_experts))
+        return self._pass("forward", sequences, Mode(train=False, routed=_places(routed, len(sequences))))
 
     def examine(self, sequences: Sequence[TrainSequence]) -> RankExamination:
         """Passes over given sequences that tell causes apart (`types.Examined`), under the current weights; no gradient.
@@ -266,11 +270,11 @@ class TrainerRank:
         check_batch(sequences, self.shape.vocab_size)
         longest = max(padded_length(len(s.token_ids), self._cfg.layout) for s in sequences)
         places, replayed = tuple(self._replayable(sequences)), None
-        free = Mode(train=False, reports_experts=True, reports_margins=True)
+        free = Mode(train=False, routed=_places(None, len(sequences)), measures_margins=True)
         natural = self._pass("natural", sequences, free)
         repeat = self._pass("repeat", sequences, Mode(train=False), max_tokens=longest)
         if places:
-            mode = Mode(train=False, reports_experts=True, replays_engine=True)
+            mode = Mode(train=False, routed=_places(None, len(places)), replays_engine=True)
             replayed = self._pass("replayed", [sequences[i] for i in places], mode)
         return RankExamination(natural=natural, repeat=repeat, replayed=replayed, replayable=places)
 
@@ -426,6 +430,13 @@ class TrainerRank:
             self._checkpoint.close()
         self._optimizer.close()
         destroy_process_groups()
+
+
+def _places(chosen: Sequence[int] | None, num: int) -> Mask | None:
+    """[num] whether each place is among the chosen ones (None: all are); None where there are none."""
+    mask = np.full(num, chosen is None)
+    mask[list(chosen or ())] = True
+    return mask if mask.any() else None
 
 
 def check_batch(sequences: Sequence[TrainSequence], vocab_size: int) -> None:

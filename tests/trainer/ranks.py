@@ -93,10 +93,8 @@ class Grid:
     def answers(self, method: str, *args: Any) -> list[Any]:
         return self._pool.answers(self._world_size, method, *args)
 
-    def step(self, sequences, step_number=0, capture_experts=True, noise_variance=0.0):
-        return merge_step(
-            self.call("step", sequences, step_number, capture_experts, noise_variance), sequences
-        )
+    def step(self, sequences, step_number=0, routed=None, noise_variance=0.0):
+        return merge_step(self.call("step", sequences, step_number, routed, noise_variance), sequences)
 
     def score(self, sequences):
         return merge_scores(self.call("score", sequences), sequences)
@@ -174,10 +172,8 @@ class _Worker:
             destroy_process_groups()
         gc.collect()  # or the threads of the old process groups stay
 
-    def step(self, sequences, step_number, capture_experts, noise_variance=0.0):
-        return self.trainer.step(
-            sequences, step_number, capture_experts=capture_experts, noise_variance=noise_variance
-        )
+    def step(self, sequences, step_number, routed, noise_variance=0.0):
+        return self.trainer.step(sequences, step_number, routed=routed, noise_variance=noise_variance)
 
     def score(self, sequences):
         return self.trainer.score(sequences)

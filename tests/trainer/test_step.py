@@ -135,7 +135,7 @@ def test_the_known_answer_of_the_whole_loss(pool, tiny_moe, axes, max_tokens):
 def test_supervised_steps_raise_the_likelihood_of_the_demonstrations(pool, tiny_moe):
     batch = [replace(s, advantage=1.0) for s in make_batch(4, seed=3)]
     grid = pool.grid(trainer_config(tensor=2, expert=2), tiny_moe)
-    losses = [grid.step(batch, i, capture_experts=False).loss for i in range(8)]
+    losses = [grid.step(batch, i, routed=()).loss for i in range(8)]
     assert all(later < earlier for earlier, later in itertools.pairwise(losses))
     assert losses[0] - losses[-1] > 0.5
 
@@ -429,9 +429,19 @@ def test_time_and_memory_are_told_by_phase(pool, tiny_dense, batch):
     assert all(num_bytes > 50e6 for num_bytes in step.memory_bytes.values())
 
 
-def test_a_step_without_capture_reports_no_experts(pool, tiny_moe, batch):
-    step = pool.grid(trainer_config(), tiny_moe).step(batch, capture_experts=False)
-    assert all(scored.experts is None for scored in step.scored)
+@pytest.mark.parametrize("routed", [(), (1, 4)])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_step_reports_the_experts_of_the_sequences_that_it_is_asked_for(
+    pool, tiny_moe, batch, routed, updates
+):
+    cfg = trainer_config(tensor=2, pipeline=2, max_tokens=32)
+    everything = pool.grid(trainer_config(), tiny_moe).score(batch)
+    step = pool.grid(cfg, tiny_moe, updates_per_batch=updates).step(batch, routed=routed)
+    for i, (got, whole) in enumerate(zip(step.scored, everything, strict=True)):
+        if i in routed:
+            np.testing.assert_array_equal(np.sort(got.experts), np.sort(whole.experts))
+        else:
+            assert got.experts is None
 
 
 # ------------------------------------------------------------------------------------ failures

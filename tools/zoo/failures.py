@@ -41,7 +41,7 @@ def make(name: str, seed: int, *, size: Size | None = None, dtype: torch.dtype =
     case = CASES[name]
     scene = case.scene(new_scene(seed, size, engine_dtype=dtype))
     record = case.record(play(scene))
-    return evidence(replay(record, scene.trainer), f"{name}, seed {seed}")
+    return evidence(replay(record, scene), f"{name}, seed {seed}")
 
 
 # ------------------------------------------------------------------------------------- engine and trainer
@@ -118,6 +118,12 @@ def temperature(scene: Scene) -> Scene:
     return _engine(scene, temperature=0.9)
 
 
+def raw_logp(scene: Scene) -> Scene:
+    """Sampled and trained at 0.9; the engine reports log-probs of its logits as they are."""
+    scene = _engine(scene, temperature=0.9, logp=lambda logits, temperature, top_p: logits.log_softmax(-1))
+    return replace(scene, trainer_temperature=0.9)
+
+
 def nucleus(scene: Scene) -> Scene:
     return _engine(scene, top_p=0.9, logp=_renormalised)
 
@@ -148,6 +154,14 @@ def wrong_prompt_token(scene: Scene) -> Scene:
         return ids
 
     return _engine(scene, prompts=other)
+
+
+def wrong_attention(scene: Scene) -> Scene:
+    """One layer's output projection is that of another layer."""
+    net = scene.versions[-1].copy()
+    layers = net.model.model.layers
+    layers[WRONG_LAYER].self_attn.o_proj.load_state_dict(layers[0].self_attn.o_proj.state_dict())
+    return _served(scene, net)
 
 
 def stale_cache(scene: Scene) -> Scene:
@@ -189,6 +203,24 @@ def other_sample(record: Record) -> Record:
     return _behavior(record, record.experts["behavior"].roll(1, 0))
 
 
+def some_other_samples(record: Record) -> Record:
+    """Routes of one in eight sequences were exchanged with the next one's but three."""
+    experts = record.experts["behavior"].clone()
+    places = torch.arange(0, len(experts) - 4, 8)
+    experts[places], experts[places + 4] = (
+        record.experts["behavior"][places + 4],
+        record.experts["behavior"][places],
+    )
+    return _behavior(record, experts)
+
+
+def last_prompt_row(record: Record) -> Record:
+    """The row of the prompt's last token was never written (SGLang issue 20964)."""
+    experts = record.experts["behavior"].clone()
+    experts[torch.arange(len(experts)), record.num_prompt - 1] = 0
+    return _behavior(record, experts)
+
+
 def zero_rows(record: Record) -> Record:
     """The prompt's rows are missing in every third sequence, as after a hit in the prefix cache."""
     experts = record.experts["behavior"].clone()
@@ -226,6 +258,7 @@ CASES = {
     "healthy, long": Case("healthy", "responses of 128 to 256 tokens", long_responses),
     "healthy, short": Case("healthy", "responses of 4 to 16 tokens", short_responses),
     "old weights": Case("old_weights", "the engine serves the version before", old_weights),
+    "wrong attention": Case("old_weights", "a projection of one layer holds other weights", wrong_attention),
     "wrong expert": Case("wrong_expert", "one expert of one layer holds other weights", wrong_expert),
     "swapped experts": Case("wrong_expert", "two experts of one layer are swapped", swapped_experts),
     "renamed experts": Case("expert_ids", "two experts and their router rows are swapped", renamed_experts),
@@ -234,6 +267,7 @@ CASES = {
     "row shift": Case("row_shift", "routes belong to the token before", record=row_shift),
     "logp shift": Case("logp_shift", "log-probs belong to the token before", record=logp_shift),
     "temperature": Case("temperature", "sampled at 0.9, trained at 1.0", temperature),
+    "raw log-probs": Case("temperature", "sampled and trained at 0.9, log-probs at 1.0", raw_logp),
     "top-p": Case("top_p", "log-probs are renormalised over a nucleus of 0.9", nucleus),
     "top-p unnoticed": Case(
         "top_p", "tokens come from a nucleus of 0.9, log-probs do not", nucleus_unnoticed
@@ -243,6 +277,12 @@ CASES = {
         "prompt_tokens", "the engine read one other token in the prompt", wrong_prompt_token
     ),
     "other sample": Case("other_sample", "routes belong to another sequence", record=other_sample),
+    "some other samples": Case(
+        "other_sample", "routes of a quarter of the sequences are exchanged", record=some_other_samples
+    ),
+    "last prompt row": Case(
+        "missing_rows", "routes of the prompt's last token are missing", record=last_prompt_row
+    ),
     "zero rows": Case("missing_rows", "routes of some prompts were never recorded", record=zero_rows),
     "noise": Case("noise", "log-probs carry noise of 0.3 nats", record=noise),
     "stale cache": Case("stale_cache", "prompts were cached under the weights before", stale_cache),

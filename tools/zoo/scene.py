@@ -63,6 +63,7 @@ class Scene:
     """float32, oldest first; the trainer holds the last."""
     engine: Engine
     trainer: Net
+    trainer_temperature: float = 1.0
     gaps: tuple[int, ...] = (0,)
     """By how many versions the parts of the batch lag behind; with a lag the next version comes half-way."""
 
@@ -114,6 +115,7 @@ def play(scene: Scene) -> Record:
     ]
     ids, behavior_logp, behavior, gap = (torch.cat(column) for column in zip(*parts, strict=True))
     engine, natural = scene.engine.net.forward(ids), scene.trainer.forward(ids)
+    distribution = (natural.logits / scene.trainer_temperature).log_softmax(-1)
     return Record(
         ids=ids,
         num_prompt=num_prompt,
@@ -122,25 +124,27 @@ def play(scene: Scene) -> Record:
         logp={
             "behavior_logp": behavior_logp,
             "engine_logp": _of_tokens(scene.engine.logp(engine.logits, 1.0, 1.0), ids),
-            "natural_logp": _of_tokens(natural.logits.log_softmax(-1), ids),
-            "repeat_logp": _again(scene.trainer, ids),
+            "natural_logp": _of_tokens(distribution, ids),
+            "repeat_logp": _again(scene, ids),
         },
         experts={"behavior": behavior, "engine": engine.chosen, "natural": natural.chosen},
-        entropy=_next(torch.distributions.Categorical(logits=natural.logits[:, :-1]).entropy()),
+        entropy=_next(-(distribution.exp() * distribution).sum(-1)[:, :-1]),
         margin=_margin(natural),
         facts=Facts(
             model="zoo",
             num_experts=EXPERTS,
+            temperature=scene.trainer_temperature,
             trainer_dtype="float32",
             engine_dtype=str(scene.engine.net.model.dtype).removeprefix("torch."),
         ),
     )
 
 
-def replay(record: Record, trainer: Net) -> Record:
+def replay(record: Record, scene: Scene) -> Record:
     """Add the pass in which the trainer uses the recorded experts."""
-    replayed = trainer.forward(record.ids, replayed=record.experts["behavior"])
-    logp = {**record.logp, "replayed_logp": _of_tokens(replayed.logits.log_softmax(-1), record.ids)}
+    replayed = scene.trainer.forward(record.ids, replayed=record.experts["behavior"])
+    distribution = (replayed.logits / scene.trainer_temperature).log_softmax(-1)
+    logp = {**record.logp, "replayed_logp": _of_tokens(distribution, record.ids)}
     return replace(record, logp=logp, experts={**record.experts, "shadow": replayed.chosen})
 
 
@@ -235,10 +239,12 @@ def _draw(logits: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
 # ---------------------------------------------------------------------------------------------- the trainer
 
 
-def _again(net: Net, ids: Tensor) -> Tensor:
+def _again(scene: Scene, ids: Tensor) -> Tensor:
     """Once more in other company: two halves, the second one first."""
-    half = len(ids) // 2
-    parts = [_of_tokens(net.forward(part).logits.log_softmax(-1), part) for part in (ids[half:], ids[:half])]
+    half, parts = len(ids) // 2, list[Tensor]()
+    for part in (ids[half:], ids[:half]):
+        logits = scene.trainer.forward(part).logits / scene.trainer_temperature
+        parts.append(_of_tokens(logits.log_softmax(-1), part))
     return torch.cat(parts[::-1])
 
 

@@ -31,17 +31,30 @@ class Case:
     record: Callable[[Record], Record] = lambda record: record
 
 
-def make(name: str, seed: int, *, size: Size | None = None, dtype: torch.dtype = torch.bfloat16) -> Evidence:
-    """The evidence of one case.
+@dataclass(frozen=True)
+class Background:
+    """What is no failure, and makes failures harder or easier to see."""
 
-    Args:
-        seed: of weights, prompts and sampling.
-        dtype: in which the engine computes; the trainer's is float32.
-    """
-    case = CASES[name]
-    scene = case.scene(new_scene(seed, size, engine_dtype=dtype))
-    record = case.record(play(scene))
-    return evidence(replay(record, scene), f"{name}, seed {seed}")
+    engine_dtype: torch.dtype
+    """The trainer computes in float32, where a case does not say otherwise."""
+    replays: bool = False
+    """Whether the trainer trains with the engine's experts."""
+
+
+BACKGROUNDS = {
+    "bfloat16": Background(torch.bfloat16),
+    "bfloat16, replayed": Background(torch.bfloat16, replays=True),
+    "float32": Background(torch.float32),
+}
+"""By name."""
+
+
+def make(name: str, seed: int, *, size: Size | None = None, background: str = "bfloat16") -> Evidence:
+    """The evidence of one case; `seed` is of weights, prompts and sampling."""
+    case, before = CASES[name], BACKGROUNDS[background]
+    scene = replace(new_scene(seed, size, engine_dtype=before.engine_dtype), replays=before.replays)
+    scene = case.scene(scene)
+    return evidence(replay(case.record(play(scene)), scene), f"{name}, seed {seed}, {background}")
 
 
 # ------------------------------------------------------------------------------------- engine and trainer
@@ -60,11 +73,15 @@ def lag(scene: Scene) -> Scene:
 
 
 def long_responses(scene: Scene) -> Scene:
-    return replace(scene, size=replace(scene.size, prompts=8, response_tokens=(128, 256)))
+    """By four, and a third as many of them."""
+    most = 4 * scene.size.response_tokens[1]
+    size = replace(scene.size, prompts=max(1, scene.size.prompts // 3), response_tokens=(most // 2, most))
+    return replace(scene, size=size)
 
 
 def short_responses(scene: Scene) -> Scene:
-    return replace(scene, size=replace(scene.size, prompts=64, response_tokens=(4, 16)))
+    size = replace(scene.size, prompts=3 * scene.size.prompts, response_tokens=(4, 16))
+    return replace(scene, size=size)
 
 
 def coarse_trainer(scene: Scene) -> Scene:

@@ -64,6 +64,8 @@ class Scene:
     engine: Engine
     trainer: Net
     trainer_temperature: float = 1.0
+    replays: bool = False
+    """Whether the trainer trains with the engine's experts."""
     gaps: tuple[int, ...] = (0,)
     """By how many versions the parts of the batch lag behind; with a lag the next version comes half-way."""
 
@@ -141,11 +143,12 @@ def play(scene: Scene) -> Record:
 
 
 def replay(record: Record, scene: Scene) -> Record:
-    """Add the pass in which the trainer uses the recorded experts."""
+    """Add the pass in which the trainer uses the recorded experts, as it trains if the scene says so."""
     replayed = scene.trainer.forward(record.ids, replayed=record.experts["behavior"])
     distribution = (replayed.logits / scene.trainer_temperature).log_softmax(-1)
     logp = {**record.logp, "replayed_logp": _of_tokens(distribution, record.ids)}
-    return replace(record, logp=logp, experts={**record.experts, "shadow": replayed.chosen})
+    facts = replace(record.facts, router_replay="engine" if scene.replays else "off")
+    return replace(record, logp=logp, experts={**record.experts, "shadow": replayed.chosen}, facts=facts)
 
 
 def evidence(record: Record, name: str) -> Evidence:
@@ -167,7 +170,7 @@ def evidence(record: Record, name: str) -> Evidence:
         num_response=record.num_tokens.numpy().astype(np.int32) - num_prompt,
         tokens=record.ids[is_token].numpy().astype(np.int32),
         is_sampled=np.ones(int(is_response.sum()), np.bool_),
-        policy_logp=logp["natural_logp"],
+        policy_logp=logp["replayed_logp" if record.facts.router_replay == "engine" else "natural_logp"],
         entropy=responses(record.entropy),
         version_gap=record.gap[is_response].numpy().astype(np.int32),
         uid=[f"prompt-{i}" for i in range(len(num_prompt))],

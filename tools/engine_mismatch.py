@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own path is tools/
 
-from megatron_vespo.cli import main  # noqa: E402
+from megatron_vespo.cli import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["doctor", "probe"]

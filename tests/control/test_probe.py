@@ -16,7 +16,6 @@ from megatron_vespo.data.demo import write_arithmetic
 from megatron_vespo.diagnose.causes import diagnose
 from megatron_vespo.diagnose.examination import examine
 from megatron_vespo.evidence import read_evidence
-from tests.rollout.test_real_server import post
 
 PATIENCE_S = 240
 LAYER, EXPERT = 2, 3

@@ -57,7 +57,7 @@ def test_evidence_of_the_zoo_keeps_the_contract(healthy):
         ("behavior", "engine", "natural", "shadow"), (num_rows, LAYERS, TOPK)
     )
     assert healthy.margin.shape == (num_rows, LAYERS) and (healthy.margin >= 0).all()
-    assert all(0 <= rows.min() and rows.max() < EXPERTS for rows in healthy.experts.values())
+    assert all(rows.min() >= 0 and rows.max() < EXPERTS for rows in healthy.experts.values())
 
 
 def test_the_same_seed_makes_the_same_evidence(healthy):

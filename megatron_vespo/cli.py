@@ -138,6 +138,60 @@ def demo_inputs(
     _print(f"wrote {write_demo_inputs(directory, seed)}")
 
 
+doctor = typer.Typer(no_args_is_help=True, help="Engine mismatch and router divergence, explained.")
+app.add_typer(doctor, name="doctor")
+
+
+@doctor.command()
+def probe(  # noqa: PLR0913 - one argument an option
+    engine: Annotated[str, typer.Option(help="http://host:port of a stock SGLang server.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            help="Of the weights that it serves: a Hugging Face directory, RUN/checkpoints/step_NNNNNN, or Megatron-Core's "
+            "(torch_dist)."
+        ),
+    ],
+    prompts: Annotated[
+        Path, typer.Option(help='jsonl or parquet (or a dataset) with a column "prompt" or "messages".')
+    ],
+    output: Annotated[Path, typer.Option(help="Directory for evidence and logs.")] = Path("probe"),
+    num: Annotated[int, typer.Option(min=1, help="Responses; prompts are taken in turn.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of a response.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    model_shape: Annotated[
+        Path | None,
+        typer.Option(help="Hugging Face directory of the model, where the checkpoint names no architecture."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a training run, whose [trainer] scores; default: one rank, on the GPU if there is one."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Have an engine and a trainer say what they think of the same tokens, and explain the difference."""
+    if overrides and config is None:
+        raise ConfigError(f"{overrides[0]}: overrides a --config, and there is none; give one")
+    trainer = load_config(TrainConfig, config, overrides or ()).trainer if config else None
+    from megatron_vespo.control.probe import Probe
+    from megatron_vespo.control.probe import probe as run
+
+    asked = Probe(
+        engine=engine,
+        checkpoint=checkpoint,
+        prompts=prompts,
+        output=output,
+        num=num,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        model_shape=model_shape,
+        trainer=trainer,
+    )
+    _print(f"wrote {run(asked, _print)}")
+
+
 def main() -> None:
     """Exit status: 0 done, 2 the configuration is wrong, 1 the run failed, 130 interrupted."""
     try:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -26,7 +26,6 @@ from megatron_vespo.control.clock import bounded
 from megatron_vespo.control.cluster import Cluster, print_to
 from megatron_vespo.rollout.server import free_port
 from megatron_vespo.rollout.weight_sync import PushOutcome, Target, WeightSync
-from megatron_vespo.rundir import RunDirectory
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.layout import Place, rank_name
 from megatron_vespo.trainer.outputs import (
@@ -57,6 +56,8 @@ class PolicySpec:
     temperature: float
     seed: int
     updates_per_batch: int
+    megatron: Path | None = None
+    """Distributed checkpoint of Megatron-Core, whose weights take the place of the model's."""
 
     @classmethod
     def of(cls, cfg: TrainConfig | SftConfig) -> PolicySpec:
@@ -100,6 +101,8 @@ class RankActor:
             place=place,
             updates_per_batch=spec.updates_per_batch,
         )
+        if spec.megatron:
+            self._rank.load_megatron(spec.megatron)
 
     def prepare_to_push(self, model: Path, cfg: RolloutConfig) -> None:
         """Make this the rank that pushes (rank 0 only)."""
@@ -164,6 +167,16 @@ class _Saving:
     directory: Path
 
 
+class Folders(Protocol):
+    """Where the ranks' files are; a RunDirectory, say."""
+
+    @property
+    def checkpoints(self) -> Path: ...
+
+    @property
+    def logs(self) -> Path: ...
+
+
 class TrainerGroup:
     """types.Trainer over Ray: every call goes to all ranks; the first failure of any rank ends it.
 
@@ -172,7 +185,7 @@ class TrainerGroup:
     """
 
     def __init__(
-        self, cluster: Cluster, spec: PolicySpec, run: RunDirectory, *, version: int, records_experts: bool
+        self, cluster: Cluster, spec: PolicySpec, run: Folders, *, version: int, records_experts: bool
     ) -> None:
         """
         Args:

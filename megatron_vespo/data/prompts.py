@@ -75,6 +75,33 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, cfg: PromptsCon
     return _drop_long(prompts, path, cfg)
 
 
+def load_questions(path: Path, tokenizer: PreTrainedTokenizerBase, split: str = "train") -> list[Prompt]:
+    """Every chat of a file or dataset, up to where the assistant's turn begins; no answers, and uids are row numbers.
+
+    The chat stands in a column "prompt" or "messages"; a last turn of the assistant is left out.
+
+    Raises:
+        ConfigError: it cannot be read, or a row holds no chat.
+    """
+    try:
+        rows, column = read_rows(path, {"messages": ""}, split), "messages"
+    except ConfigError:
+        rows, column = read_rows(path, {"prompt": ""}, split), "prompt"
+    texts = [_render(tokenizer, row, _question(row, column), True) for row in rows]
+    return [
+        Prompt(uid=str(i), token_ids=ids, text=text, answer="")
+        for i, (ids, text) in enumerate(zip(_tokenize(tokenizer, texts), texts, strict=True))
+    ]
+
+
+def _question(row: Row, column: str) -> list[dict[str, Any]]:
+    """The chat that asks, without an answer that follows."""
+    chat = row.get(column)
+    if isinstance(chat, list) and len(chat) > 1 and Row(row.where, chat[-1]).get("role") == "assistant":
+        row = Row(row.where, {column: chat[:-1]})
+    return _prompt(row, column)
+
+
 def _drop_long(prompts: list[Prompt], path: Path, cfg: PromptsConfig) -> list[Prompt]:
     long = [prompt for prompt in prompts if len(prompt.token_ids) > cfg.max_prompt_tokens]
     if not long:

@@ -415,6 +415,17 @@ class TrainerRank:
         self._between_updates = self._optimizer.torn = False
         return loaded.step, loaded.state
 
+    def load_megatron(self, directory: Path) -> None:
+        """Collective: the weights of a distributed checkpoint of Megatron-Core; training begins anew from them.
+
+        Raises:
+            RunError: it cannot be read as this model's; the weights are then of no step.
+        """
+        from megatron_vespo.trainer.megatron_files import load_megatron
+
+        load_megatron(self.chunks, directory)
+        self._optimizer.megatron.reload_model_params()
+
     @functools.cached_property
     def _checkpoint(self) -> RankCheckpoint:
         from megatron_vespo.trainer.hf_weights import described

@@ -273,6 +273,22 @@ class _Worker:
     def load(self, directory):
         return self.trainer.load(directory)
 
+    def save_megatron(self, directory, renamed) -> None:
+        """As Megatron-LM does; parts of names are replaced as `renamed` says."""
+        from megatron.core import dist_checkpointing
+
+        multiprocessing.current_process()._config["daemon"] = False  # it writes through a process of its own
+        state = {}
+        for i, chunk in enumerate(self.trainer.chunks):
+            state[f"model{i}"] = chunk.sharded_state_dict()
+            for part in state[f"model{i}"].values():
+                for old, new in renamed.items():
+                    part.key = part.key.replace(old, new)
+        dist_checkpointing.save(state | {"iteration": 7}, str(directory))
+
+    def load_megatron(self, directory) -> None:
+        self.trainer.load_megatron(directory)
+
     def megatron_version(self) -> str:
         import megatron.core
 

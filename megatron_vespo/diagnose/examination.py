@@ -103,7 +103,7 @@ ARRAYS (for plots)
     router/position_mismatch [Q, 2] layer 0 and all layers, by absolute position    router/position_rows [Q]
     router/prompt_end_mismatch [W, 2], router/prompt_end_offset [W]: the same by distance to the prompt's last row
     router/layers_per_token [L + 1] histogram                   router/first_flip [L] histogram
-    router/layer_shift [L, L]    router/token_shift [5]         router/logp_shift [5], shifts -2 .. 2
+    structure/layer_shift [L, L]    structure/token_shift [5]     structure/logp_shift [5], shifts -2 .. 2
     router/margin_curve [bins], router/margin_curve_edges [bins + 1] in units of the implied noise
     router/load [L, E], router/reference_load [L, E], router/bias [L, E], router/blame_ratio [L, E], router/blame_z [L, E]
 """

@@ -189,7 +189,116 @@ def probe(  # noqa: PLR0913 - one argument an option
         model_shape=model_shape,
         trainer=trainer,
     )
-    _print(f"wrote {run(asked, _print)}")
+    written = run(asked, _print)
+    _print(f"wrote {written}\n")
+    _examine([written], None, None, output / "report.html", as_json=False, fail_on=None)
+
+
+Evidences = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="PATH...",
+        help="Run directories, evidence or rollout files, or another framework's parquet dump.",
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OURS=THEIRS,...", help="What the dump calls a column, e.g. behavior_logp=old_logp."
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Response tokens to read, about; evenly spaced sequences.")
+]
+
+
+@doctor.command("report")
+def doctor_report(
+    paths: Evidences,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; default: none.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    fail_on: Annotated[
+        str | None,
+        typer.Option(metavar="warn|broken", help="Exit status 1 warn, 2 broken, 3 insufficient data."),
+    ] = None,
+    columns: Columns = None,
+    limit: Limit = 1_000_000,
+) -> None:
+    """Judge what trainer and engine said about the same tokens: verdicts, causes, next steps."""
+    _examine(paths, columns, limit, output, as_json=as_json, fail_on=fail_on)
+
+
+@doctor.command("check-routes")
+def check_routes(paths: Evidences, columns: Columns = None, limit: Limit = 1_000_000) -> None:
+    """Test the record of expert choices alone; exit status 2 where a test fails."""
+    from megatron_vespo.diagnose import doctor as ours
+
+    is_sound, text = ours.check_structure(ours.read(paths, _columns(columns), limit))
+    _print(text)
+    if not is_sound:
+        sys.exit(2)
+
+
+@doctor.command("compare")
+def doctor_compare(before: Path, after: Path, columns: Columns = None, limit: Limit = 1_000_000) -> None:
+    """Say which part of the gap moved from one run (or dump) to another, with bootstrap intervals."""
+    from megatron_vespo.diagnose import doctor as ours
+
+    one, other = (ours.judge(ours.read([path], _columns(columns), limit)) for path in (before, after))
+    _print(ours.compare(one, other))
+
+
+@doctor.command("explain")
+def doctor_explain(
+    metric: Annotated[str | None, typer.Argument(help="Default: list all.")] = None,
+) -> None:
+    """Define a metric: formula, bounds, their source, what to do."""
+    from megatron_vespo.algo.norms import NORMS, explain
+
+    if metric is None:
+        _print("\n".join(f"{name:36s} {norm.meaning}" for name, norm in NORMS.items()))
+        return
+    try:
+        _print(explain(metric))
+    except KeyError as err:
+        raise ConfigError(str(err.args[0])) from None
+
+
+def _examine(
+    paths: list[Path],
+    columns: str | None,
+    limit: int | None,
+    output: Path | None,
+    *,
+    as_json: bool,
+    fail_on: str | None,
+) -> None:
+    if fail_on not in (None, "warn", "broken"):
+        raise ConfigError(
+            f"--fail-on {fail_on}: expected warn or broken; leave it out to always end with status 0"
+        )
+    from megatron_vespo.diagnose import doctor as ours
+
+    diagnosis = ours.judge(ours.read(paths, _columns(columns), limit))
+    _print(json.dumps(ours.to_json(diagnosis)) if as_json else ours.describe(diagnosis))
+    if output is not None:
+        from megatron_vespo.diagnose.doctor_page import write_page
+
+        write_page(diagnosis, output)
+        if not as_json:
+            _print(f"\nwrote {output}")
+    if status := ours.exit_status(diagnosis.level, fail_on):  # pyright: ignore[reportArgumentType] - checked above
+        sys.exit(status)
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+    for ours, sign, theirs in pairs:
+        if not (ours and sign and theirs):
+            raise ConfigError(
+                f"--columns {text}: expected OURS=THEIRS,...; e.g. behavior_logp=rollout_log_probs"
+            )
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 def main() -> None:

@@ -350,7 +350,8 @@ def _meanings(path: Path, schema: pa.Schema, named: Mapping[str, str]) -> dict[s
             raise ConfigError(
                 f"{path}: {ours} = '{name}' is {schema.field(name).type}; expected {_EXPECTED[_kind(ours)]}"
             )
-        found |= {ours: candidate for candidate in candidates}
+        if candidates:
+            found[ours] = candidates[0]
     for needed in (("response_ids", "tokens"), ("behavior_logp",), ("policy_logp", "natural_logp")):
         if not any(ours in found for ours in needed):
             names = [name for ours in needed for name in (ours, *_ALIASES[ours])]

@@ -14,9 +14,18 @@ PACKAGE = Path(megatron_vespo.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
 
 MAY_IMPORT = {
-    "cli": {"control", "diagnose", "data", "config", "types"},
+    "cli": {"control", "diagnose", "data", "algo", "config", "types"},
     "control": {
-        "trainer", "rollout", "data", "algo", "metrics", "rundir", "evidence", "routes", "config", "types",
+        "trainer",
+        "rollout",
+        "data",
+        "algo",
+        "metrics",
+        "rundir",
+        "evidence",
+        "routes",
+        "config",
+        "types",
     },  # fmt: skip
     "diagnose": {"algo", "metrics", "rundir", "evidence", "routes", "config", "types"},
     "trainer": {"algo", "config", "types"},

@@ -34,7 +34,10 @@ def write_page(diagnosis: Diagnosis, file: Path) -> None:
         _quantiles(examined),
         _tokens(examined, _decoder(diagnosis.evidence)),
     ]
-    write_atomically(file, page(f"doctor: {diagnosis.evidence.name}", body, f"doctor's report of {diagnosis.evidence.name}"))
+    write_atomically(
+        file,
+        page(f"doctor: {diagnosis.evidence.name}", body, f"doctor's report of {diagnosis.evidence.name}"),
+    )
 
 
 def verdict_section(diagnosis: Diagnosis) -> str:
@@ -50,8 +53,14 @@ def _cause(cause: Cause) -> tuple[str, str, str]:
 
 
 def _finding(finding: Finding) -> tuple[str, str, str]:
-    advice = f"<br><i>{escape(finding.next_step)}</i>" if finding.next_step and finding.level != "healthy" else ""
-    return LEVELS[finding.level], escape(finding.level), f"<b>{escape(finding.axis)}</b> {escape(finding.text)}{advice}"
+    advice = (
+        f"<br><i>{escape(finding.next_step)}</i>" if finding.next_step and finding.level != "healthy" else ""
+    )
+    return (
+        LEVELS[finding.level],
+        escape(finding.level),
+        f"<b>{escape(finding.axis)}</b> {escape(finding.text)}{advice}",
+    )
 
 
 def _header(diagnosis: Diagnosis) -> str:
@@ -61,10 +70,12 @@ def _header(diagnosis: Diagnosis) -> str:
         "tokens": f"{metrics.get('data/num_tokens', 0):,.0f} in {metrics.get('data/num_sequences', 0):,.0f} sequences",
         "with experts of both": f"{metrics.get('data/num_routed_sequences', 0):,.0f} sequences",
         "model": facts.model or "not recorded",
-        "trainer, engine": " and ".join(filter(None, (facts.trainer_dtype, facts.engine_dtype))) or "not recorded",
+        "trainer, engine": " and ".join(filter(None, (facts.trainer_dtype, facts.engine_dtype)))
+        or "not recorded",
         "sampling": f"temperature {facts.temperature:g}, top_p {facts.top_p:g}",
         "router replay": facts.router_replay,
-        "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()) or "not recorded",
+        "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+        or "not recorded",
     }
     level = diagnosis.level
     return (
@@ -93,10 +104,19 @@ def _quantiles(examined: Examination) -> str:
     rows = examined.tables.get("quantiles", [])
     if not rows:
         return ""
-    keys = ("abs_mean_nats", "abs_p50_nats", "abs_p90_nats", "abs_p99_nats", "abs_p999_nats", "abs_max_nats", "k3_nats")
+    keys = (
+        "abs_mean_nats",
+        "abs_p50_nats",
+        "abs_p90_nats",
+        "abs_p99_nats",
+        "abs_p999_nats",
+        "abs_max_nats",
+        "k3_nats",
+    )
     head = ("pair", "tokens", "mean |d|", "50 %", "90 %", "99 %", "99.9 %", "largest", "k3")
     body = (
-        (escape(row["pair"]), f"{row['num_tokens']:,.0f}", *(_number(row, key) for key in keys)) for row in rows
+        (escape(row["pair"]), f"{row['num_tokens']:,.0f}", *(_number(row, key) for key in keys))
+        for row in rows
     )
     hint = (
         "mismatch: trainer against engine, same weights; total: against the log-probs of sampling; floor: trainer against "
@@ -109,7 +129,18 @@ def _tokens(examined: Examination, decode: Decode) -> str:
     rows = examined.tables.get("extreme", [])[:_SHOWN_TOKENS]
     if not rows:
         return ""
-    head = ("sequence", "at", "context, <b>token</b>", "d", "engine", "sampled", "trainer", "replayed", "entropy", "flipped layers")
+    head = (
+        "sequence",
+        "at",
+        "context, <b>token</b>",
+        "d",
+        "engine",
+        "sampled",
+        "trainer",
+        "replayed",
+        "entropy",
+        "flipped layers",
+    )
     body = (
         (
             escape(str(row["uid"] if row.get("uid") else row["sequence"])), str(row["position"]), _context(row, decode), f"{row['gap_nats']:+.3f}",
@@ -118,7 +149,9 @@ def _tokens(examined: Examination, decode: Decode) -> str:
         )
         for row in rows
     )  # fmt: skip
-    return f"<section class='card'><h2>The tokens that differ most</h2>{table(head, body, 'samples')}</section>"
+    return (
+        f"<section class='card'><h2>The tokens that differ most</h2>{table(head, body, 'samples')}</section>"
+    )
 
 
 def _context(row: Row, decode: Decode) -> str:

@@ -30,13 +30,23 @@ def _shifts(figure: Figure, examined: Examination) -> None:
         "log-probs (correlation)": ("structure/logp_shift", BLUE),
         "expert rows (overlap)": ("structure/token_shift", ORANGE),
     }
-    found = {label: (examined.arrays[key], color) for label, (key, color) in given.items() if key in examined.arrays}
+    found = {
+        label: (examined.arrays[key], color)
+        for label, (key, color) in given.items()
+        if key in examined.arrays
+    }
     if not found:
         raise Missing("there are too few tokens to shift")
     width = 0.8 / len(found)
     for place, (label, (fit, color)) in enumerate(found.items()):
-        axes.bar(np.array(_SHIFTS) + (place - (len(found) - 1) / 2) * width, fit, width, color=color, label=label)
-    axes.set(xlabel="the engine's record shifted by so many tokens", ylabel="agreement", ylim=(min(0, axes.get_ylim()[0]), 1.25))
+        axes.bar(
+            np.array(_SHIFTS) + (place - (len(found) - 1) / 2) * width, fit, width, color=color, label=label
+        )
+    axes.set(
+        xlabel="the engine's record shifted by so many tokens",
+        ylabel="agreement",
+        ylim=(min(0, axes.get_ylim()[0]), 1.25),
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right", ncols=2)
 
@@ -55,9 +65,15 @@ def _layer_map(figure: Figure, examined: Examination) -> None:
 
 
 def _probabilities(figure: Figure, examined: Examination) -> None:
-    points = np.exp(_array(examined, "mismatch/scatter", "no token has been scored by both engines under the same weights"))
+    points = np.exp(
+        _array(
+            examined, "mismatch/scatter", "no token has been scored by both engines under the same weights"
+        )
+    )
     axes = figure.subplots()
-    bins = axes.hexbin(points[:, 0], points[:, 1], gridsize=40, bins="log", mincnt=1, cmap="Blues", extent=(0, 1, 0, 1))
+    bins = axes.hexbin(
+        points[:, 0], points[:, 1], gridsize=40, bins="log", mincnt=1, cmap="Blues", extent=(0, 1, 0, 1)
+    )
     axes.plot([0, 1], [0, 1], color=RED, linewidth=0.8)
     axes.set(xlabel="probability, engine", ylabel="probability, trainer")
     figure.colorbar(bins, label="tokens")
@@ -87,7 +103,12 @@ def _exceedance(figure: Figure, examined: Examination) -> None:
     for tau in _TAUS:
         axes.axvline(np.log(tau), color=GREY, linewidth=0.8)
         axes.text(np.log(tau), 1.05, f"{tau:g}", fontsize=7, color=GREY, ha="center", va="bottom")
-    axes.set(xscale="log", yscale="log", xlabel="x, nats (grey: log of the ratio that corrections cut at)", ylabel="share of tokens with |d| > x")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="x, nats (grey: log of the ratio that corrections cut at)",
+        ylabel="share of tokens with |d| > x",
+    )
     used = np.flatnonzero(counts.sum(0))
     axes.set_xlim(min(edges[used[0]], 0.1), max(edges[used[-1] + 1], 3))
     axes.set_ylim(0.5 / num, 1.0)
@@ -135,7 +156,13 @@ def _budget(figure: Figure, examined: Examination) -> None:
         keys = [f"mismatch/phi_{sign}_{key}" for key in ("mean", "p50", "p05")]
         if keys[0] not in examined.metrics:
             raise Missing(_NO_PAIR)
-        axes.bar(np.arange(3) + offset, [examined.metrics[key] for key in keys], 0.4, color=color, label="A ≥ 0" if sign == "pos" else "A < 0")
+        axes.bar(
+            np.arange(3) + offset,
+            [examined.metrics[key] for key in keys],
+            0.4,
+            color=color,
+            label="A ≥ 0" if sign == "pos" else "A < 0",
+        )
     axes.set(xticks=np.arange(3), xticklabels=names, ylabel="phi of the engine's part alone", ylim=(0, 1.3))
     axes.legend(ncols=2, loc="upper right")
 
@@ -153,7 +180,9 @@ def _by_layer(figure: Figure, examined: Examination) -> None:
         ("slot_disagreement", "slots that differ", GREY),
     ):
         if any(key in row for row in rows):
-            axes.plot(layer, [row.get(key, np.nan) for row in rows], "o-", markersize=3, color=color, label=label)
+            axes.plot(
+                layer, [row.get(key, np.nan) for row in rows], "o-", markersize=3, color=color, label=label
+            )
     axes.set(xlabel="layer", ylabel="share of choices")
     axes.set_ylim(0, max(1e-3, 1.3 * axes.get_ylim()[1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -165,9 +194,16 @@ def _by_position(figure: Figure, examined: Examination) -> None:
     edges = examined.arrays["router/position_edges"]
     axes = figure.subplots()
     lowest = min(0.98, float(np.nanmin(overlap)))
-    image = axes.pcolormesh(np.arange(len(edges)), np.arange(len(overlap) + 1) - 0.5, overlap, cmap="viridis", vmin=lowest, vmax=1)
+    image = axes.pcolormesh(
+        np.arange(len(edges)), np.arange(len(overlap) + 1) - 0.5, overlap, cmap="viridis", vmin=lowest, vmax=1
+    )
     axes.grid(False)
-    axes.set(xlabel="position in the sequence", ylabel="layer", xticks=np.arange(len(edges)), xticklabels=[f"{edge:g}" for edge in edges])
+    axes.set(
+        xlabel="position in the sequence",
+        ylabel="layer",
+        xticks=np.arange(len(edges)),
+        xticklabels=[f"{edge:g}" for edge in edges],
+    )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, label="overlap")
 
@@ -196,9 +232,16 @@ def _dose(figure: Figure, examined: Examination) -> None:
     axes = figure.subplots()
     place = np.arange(len(rows))
     axes.bar(place, [row["abs_mean_nats"] for row in rows], color=PURPLE)
-    axes.set(xticks=place, xticklabels=[_range(row) for row in rows], xlabel="layers whose experts differ", ylabel="mean |d|, nats")
+    axes.set(
+        xticks=place,
+        xticklabels=[_range(row) for row in rows],
+        xlabel="layers whose experts differ",
+        ylabel="mean |d|, nats",
+    )
     for x, row in zip(place, rows, strict=True):
-        axes.text(x, row["abs_mean_nats"], f"{row['k2_share']:.0%} of sum d²", fontsize=7, ha="center", va="bottom")
+        axes.text(
+            x, row["abs_mean_nats"], f"{row['k2_share']:.0%} of sum d²", fontsize=7, ha="center", va="bottom"
+        )
     axes.set_ylim(0, 1.2 * max(row["abs_mean_nats"] for row in rows) or 1)
 
 
@@ -232,7 +275,11 @@ def _blame(figure: Figure, examined: Examination) -> None:
 
 
 def _parts(figure: Figure, examined: Examination) -> None:
-    rows = [row for row in _rows(examined, "causes", "the passes that tell causes apart are not recorded") if row["gap"] == "policy"]
+    rows = [
+        row
+        for row in _rows(examined, "causes", "the passes that tell causes apart are not recorded")
+        if row["gap"] == "policy"
+    ]
     rows = [row for row in rows if row["square_share"] or row["nats"]]
     if not rows:
         raise Missing("the engines agree exactly")
@@ -243,7 +290,11 @@ def _parts(figure: Figure, examined: Examination) -> None:
         x = row["square_share"]
         text = f" {x:.0%}, mean {row['nats']:+.1e} nats a token "
         axes.text(max(x, 0), y, text, va="center", fontsize=8)
-    axes.set(yticks=place, yticklabels=[row["part"] for row in rows], xlabel="share of the squared gap between trainer and sampling")
+    axes.set(
+        yticks=place,
+        yticklabels=[row["part"] for row in rows],
+        xlabel="share of the squared gap between trainer and sampling",
+    )
     axes.set_xlim(min(0, *(row["square_share"] for row in rows)) - 0.02, 1.6)
     axes.invert_yaxis()
 
@@ -299,9 +350,21 @@ def _whole_numbers(axes: Axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-CAUSE = Panel("What the gap is made of", "The parts add up, token by token; a negative share works against the others.", _parts)
-SHIFTS = Panel("Do the records fit each other?", "Both must peak at 0; a peak elsewhere is an off-by-one in a record, not noise.", _shifts)
-BY_LAYER = Panel("Where do experts differ?", "Same tokens, same weights. Free minus local is the cascade from earlier layers.", _by_layer)
+CAUSE = Panel(
+    "What the gap is made of",
+    "The parts add up, token by token; a negative share works against the others.",
+    _parts,
+)
+SHIFTS = Panel(
+    "Do the records fit each other?",
+    "Both must peak at 0; a peak elsewhere is an off-by-one in a record, not noise.",
+    _shifts,
+)
+BY_LAYER = Panel(
+    "Where do experts differ?",
+    "Same tokens, same weights. Free minus local is the cascade from earlier layers.",
+    _by_layer,
+)
 SECTIONS: dict[str, tuple[Panel[Examination], ...]] = {
     "Causes": (
         CAUSE,

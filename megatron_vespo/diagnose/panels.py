@@ -26,7 +26,7 @@ from megatron_vespo.types import Doubles
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#9AA0A6",
 )  # fmt: skip
-PHASE_COLORS: dict[str, str] = dict(zip(PHASES, (GREY, BLUE, ORANGE, GREEN, PURPLE, SKY), strict=True))
+PHASE_COLORS: dict[str, str] = dict(zip(PHASES, (GREY, RED, BLUE, ORANGE, GREEN, PURPLE, SKY), strict=True))
 _POINTS = 4000
 """Of a scatter plot; more only make it black."""
 _STYLE: dict[Any, Any] = {

@@ -277,10 +277,7 @@ def _of_sequences(aligned: Aligned, name: str, pair: Pair) -> tuple[dict[str, fl
 def _by_bins(pair: Pair, value_S: NDArray[Any], edges: Sequence[float]) -> list[Row]:
     """Rows of the tokens by `value`, in [low, high); the last bin holds its upper edge."""
     group = np.clip(np.searchsorted(edges, value_S, "right") - 1, 0, len(edges) - 2)
-    labels = [
-        {"low": float(a)} | ({"high": float(b)} if np.isfinite(b) else {})
-        for a, b in pairwise(edges)
-    ]
+    labels = [{"low": float(a)} | ({"high": float(b)} if np.isfinite(b) else {}) for a, b in pairwise(edges)]
     return _conditioned_rows(pair, group.astype(np.int32), labels)
 
 

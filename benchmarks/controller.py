@@ -166,7 +166,12 @@ class TimedTrainer(LabellingTrainer):
 
     cpu_s = 0.0
 
-    async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
+    async def step(
+        self,
+        sequences: Sequence[TrainSequence],
+        noise_variance: float = 0.0,
+        routed: Sequence[int] | None = None,
+    ) -> StepOutput:
         used = time.process_time()
         output = await super().step(sequences)
         self.cpu_s += time.process_time() - used

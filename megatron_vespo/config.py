@@ -625,6 +625,19 @@ class LoopConfig(_Section):
     """Longest wait for each phase of a step: the batch, the update, the push, an evaluation, a checkpoint."""
 
 
+class InstrumentsConfig(_Section):
+    """What tells staleness, the other engine and the router apart while a run goes on (docs/doctor.md)."""
+
+    every: Count = 20
+    """Steps between evidence files, the first of which comes at step 1: three more forward passes over a sample of the batch, on
+    whose numbers `doctor report` judges; 0: none."""
+    sequences: Positive = 16
+    """Of a batch that are examined, at most; drawn anew each time."""
+    expert_tokens: Positive = 65536
+    """Tokens of each step whose expert choices trainer and engine are compared on, about: whole sequences, drawn anew each step.
+    Those of examined sequences come first."""
+
+
 class _RunConfig(_Section):
     run_dir: Path
     seed: Count = 0
@@ -632,6 +645,19 @@ class _RunConfig(_Section):
     """Hugging Face directory: config.json, safetensors, tokenizer with a chat template."""
     trainer: TrainerConfig
     wandb_project: str | None = None
+    prometheus: str | None = None
+    """"host:port" on which the newest step's metrics are served to Prometheus, e.g. "127.0.0.1:9400"; default: nowhere."""
+
+    @model_validator(mode="after")
+    def _prometheus_can_listen(self) -> _RunConfig:
+        if self.prometheus is None:
+            return self
+        host, colon, port = self.prometheus.rpartition(":")
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+            raise ValueError(
+                f"prometheus = '{self.prometheus}': expected host:port, where the metrics are served; e.g. '127.0.0.1:9400'"
+            )
+        return self
 
 
 class TrainConfig(_RunConfig):
@@ -645,6 +671,7 @@ class TrainConfig(_RunConfig):
     evaluation: EvaluationConfig = EvaluationConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     loop: LoopConfig
+    instruments: InstrumentsConfig = InstrumentsConfig()
 
     @model_validator(mode="after")
     def _sequences_fit(self) -> TrainConfig:

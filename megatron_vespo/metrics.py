@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import textwrap
 import time
 import tomllib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -33,15 +34,17 @@ from megatron_vespo.types import RunError
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
 
-PHASES = ("wait", "train", "sync", "score", "eval", "save")
+PHASES = ("wait", "examine", "train", "sync", "score", "eval", "save")
 """Where a step's time goes, in the order in which it goes there: `time/<phase>_s`."""
 
 
 class RunLog:
-    """Appends one record per step to metrics.jsonl and copies its scalars to TensorBoard and, if asked, W&B."""
+    """Appends one record per step to metrics.jsonl and copies its scalars to TensorBoard and, if asked, W&B and Prometheus."""
 
-    def __init__(self, run: RunDirectory, wandb_project: str | None = None) -> None:
-        """After a resume (and its `rewind`) TensorBoard's files are written anew from metrics.jsonl."""
+    def __init__(
+        self, run: RunDirectory, wandb_project: str | None = None, prometheus: str | None = None
+    ) -> None:
+        """`prometheus`: the host:port on which the newest record is served.  After a resume (and its `rewind`) TensorBoard's files are written anew from metrics.jsonl."""
         for stale in run.events.glob("*tfevents*"):
             stale.unlink()
         self._board = Writer(str(run.events))
@@ -49,6 +52,7 @@ class RunLog:
             self._copy_to_tensorboard(record)
         self._file = run.metrics.open("ab")
         self._wandb = None if wandb_project is None else _open_wandb(wandb_project, run)
+        self._exposition = None if prometheus is None else Exposition(prometheus, run.path.name)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> Record:
         """Write one step's metrics, durable on return; the record as written, with `step` and `time` (unix s).
@@ -64,6 +68,8 @@ class RunLog:
         self._copy_to_tensorboard(record)
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in record.items() if not isinstance(value, list)})
+        if self._exposition is not None:
+            self._exposition.show(record)
         return record
 
     def close(self) -> None:
@@ -71,6 +77,8 @@ class RunLog:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._exposition is not None:
+            self._exposition.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -127,6 +135,55 @@ def _open_wandb(project: str, run: RunDirectory) -> Any:
     return tracker
 
 
+class Exposition:
+    """Serves the scalars of the newest record at http://host:port/metrics, in Prometheus' text format.
+
+    mismatch/k3_nats is the gauge megatron_vespo_mismatch_k3_nats{run="...", metric="mismatch/k3_nats"}.
+    """
+
+    def __init__(self, address: str, run: str) -> None:
+        try:
+            from prometheus_client import CollectorRegistry, start_http_server
+        except ImportError:
+            raise ConfigError(
+                f"prometheus = '{address}': the package prometheus-client is not installed; pip install prometheus-client, or "
+                "leave it out"
+            ) from None
+        self._run, self._record = run, Record()
+        registry = CollectorRegistry()
+        registry.register(self)
+        host, _, port = address.rpartition(":")
+        try:
+            self._server, self._thread = start_http_server(int(port), host, registry)
+        except OSError as err:
+            raise ConfigError(
+                f"prometheus = '{address}': cannot listen there ({err}); choose a free port of this machine"
+            ) from err
+
+    def show(self, record: Record) -> None:
+        """From now on this is the newest one."""
+        self._record = record
+
+    def collect(self) -> Iterator[Any]:
+        """One gauge for each scalar; called by the server at every scrape."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        gauges: dict[str, Any] = {}
+        for key, value in self._record.items():
+            if isinstance(value, list):
+                continue
+            name = "megatron_vespo_" + re.sub(r"\W", "_", key)
+            if name not in gauges:  # two names may differ in their signs alone
+                gauges[name] = GaugeMetricFamily(name, key, labels=("run", "metric"))
+            gauges[name].add_metric((self._run, key), value)
+        yield from gauges.values()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
 Cells = Sequence[tuple[str, ...]]
 """Rows of (format, metric, ...): one cell of a line each."""
 
@@ -166,6 +223,7 @@ _OPTIMIZER: Cells = (
 )
 _COLORS = {
     "wait": "grey50",
+    "examine": "bright_cyan",
     "train": "blue",
     "sync": "yellow",
     "score": "green",

@@ -2,7 +2,8 @@
 
     config.toml        the resolved configuration          rollouts/step_000012.parquet   one file per step
     environment.json   start, versions, host, command      checkpoints/  logs/  final/    state, logs, HF model
-    metrics.jsonl      one line per step                   events/                        TensorBoard, derived
+    metrics.jsonl      one line per step                   evidence/step_000020.parquet   of some steps (evidence.py)
+    alerts.jsonl       one line per alert                  events/                        TensorBoard, derived
     superseded/001/    what a resume replaced              report.html                    derived
 
 Shape key:  T response tokens of one sequence.
@@ -69,7 +70,7 @@ class RunDirectory:
             )
         self.resumed = bool(found)
         self._superseded = _next_superseded(path)
-        for folder in (self.events, self.rollouts, self.checkpoints, self.logs):
+        for folder in (self.events, self.rollouts, self.evidence, self.checkpoints, self.logs):
             folder.mkdir(exist_ok=True)
         for file in (self.config, self.environment):
             if file.exists():
@@ -90,12 +91,20 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def alerts(self) -> Path:
+        return self.path / "alerts.jsonl"
+
+    @property
     def events(self) -> Path:
         return self.path / "events"
 
     @property
     def rollouts(self) -> Path:
         return self.path / "rollouts"
+
+    @property
+    def evidence(self) -> Path:
+        return self.path / "evidence"
 
     @property
     def checkpoints(self) -> Path:
@@ -116,17 +125,19 @@ class RunDirectory:
     def rewind(self, version: int) -> None:
         """Forget the steps after `version`, the checkpoint a run resumes from; -1 forgets all of them.
 
-        Their metrics lines (and a line that a crash tore), rollout files and the final model move to superseded/:
-        nothing is lost.
+        Their lines of metrics and alerts (and a line that a crash tore), rollout and evidence files and the final model move
+        to superseded/: nothing is lost.
         """
-        lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= version]
-        if len(kept) < len(lines):
-            self._supersede(self.metrics)
-            write_atomically(self.metrics, b"".join(kept))
-        for file in self.rollouts.glob("step_*.parquet"):
-            if step_of(file) > version:
-                self._supersede(file)
+        for log in (self.metrics, self.alerts):
+            lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= version]
+            if len(kept) < len(lines):
+                self._supersede(log)
+                write_atomically(log, b"".join(kept))
+        for folder in (self.rollouts, self.evidence):
+            for file in folder.glob("step_*.parquet"):
+                if step_of(file) > version:
+                    self._supersede(file)
         if self.final.exists():
             self._supersede(self.final)
 
@@ -245,7 +256,7 @@ def rollout_rows(
 
 def write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     """Write the rows of one step to `path`/step_<step>.parquet; a reader sees the whole file or none."""
-    file = path / f"step_{rows[0]['step']:06d}.parquet"
+    file = step_file(path, rows[0]["step"])
     columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in ROLLOUT_SCHEMA]
     partial = file.with_suffix(".partial")
     pq.write_table(pa.Table.from_arrays(columns, schema=ROLLOUT_SCHEMA), partial, compression="zstd")
@@ -256,6 +267,11 @@ def write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def rollout_files(path: Path) -> list[Path]:
     """The rollout files below the run directory `path`, by ascending step."""
     return sorted((path / "rollouts").glob("step_*.parquet"), key=step_of)
+
+
+def step_file(path: Path, step: int) -> Path:
+    """`path`/step_000012.parquet for 12."""
+    return path / f"step_{step:06d}.parquet"
 
 
 def step_of(file: Path) -> int:

@@ -262,6 +262,12 @@ class SyncReport:
     """Largest |trainer logp - engine logp| over the canary tokens under the new weights, all engines, nats."""
     canary_variance: float = 0.0
     """Mean square of the same: the engines' own noise on one token, nats^2."""
+    canary_abs_mean: float = 0.0
+    """Mean |trainer logp - engine logp| of the same, nats."""
+    canary_k3_nats: float = 0.0
+    """Mean of exp(d) - 1 - d of the same, d = trainer - engine."""
+    canary_expert_mismatch: float | None = None
+    """Share of (token, layer) whose expert sets differ on the canary; None where one side does not record experts."""
     num_engines: int = 1
     """Engines that serve `version` now, confirmed."""
     num_lost: int = 0

@@ -150,3 +150,16 @@ def test_files_and_overrides_that_are_no_toml_are_refused(minimal, tmp_path):
     assert "'model' is a value, not a table" in refused(minimal, "model.path=3")
     minimal.write_text("a = = 1")
     assert "expected TOML" in refused(minimal)
+
+
+@pytest.mark.parametrize("address", ["9400", ":9400", "host:", "host:http", "host:0", "host:65536"])
+def test_prometheus_needs_a_host_and_a_port(minimal, address):
+    assert f"prometheus = '{address}': expected host:port" in refused(minimal, f"prometheus='{address}'")
+
+
+@pytest.mark.parametrize(
+    "override", ["instruments.every=-1", "instruments.sequences=0", "instruments.expert_tokens=0"]
+)
+def test_instruments_measure_something_or_nothing_but_no_less(minimal, override):
+    field, _, value = override.partition("=")
+    assert f"{field} = {value}: " in refused(minimal, override)

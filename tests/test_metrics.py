@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import socket
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_vespo.config import ConfigError
 from megatron_vespo.metrics import LiveView, RunLog, phase_times, si, sparkline, step_line
+from megatron_vespo.rollout.server import free_port
 from megatron_vespo.rundir import RunDirectory, read_metrics
 from megatron_vespo.types import RunError
 
@@ -198,3 +203,34 @@ def test_wandb_that_is_missing_is_an_error_with_a_remedy(run):
             RunLog(run, wandb_project="vespo")
     else:
         pytest.skip("wandb is installed here")
+
+
+def scrape(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_prometheus_is_told_the_scalars_of_the_newest_step(run):
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    with RunLog(run, prometheus=address) as log:
+        log.log(1, {"mismatch/k3_nats": 1e-3, "sync/bytes": 5})
+        log.log(
+            2, {"mismatch/k3_nats": 2e-3, "eval/a-b/avg": 0.5, "eval/a_b/avg": 0.25, "experts/layers": [1.0]}
+        )
+        lines = [line for line in scrape(address).splitlines() if not line.startswith("#")]
+    assert 'megatron_vespo_mismatch_k3_nats{metric="mismatch/k3_nats",run="run"} 0.002' in lines
+    assert 'megatron_vespo_eval_a_b_avg{metric="eval/a-b/avg",run="run"} 0.5' in lines
+    assert 'megatron_vespo_eval_a_b_avg{metric="eval/a_b/avg",run="run"} 0.25' in lines
+    assert 'megatron_vespo_step{metric="step",run="run"} 2.0' in lines
+    assert len(lines) == 5, "with the time"
+    with pytest.raises(urllib.error.URLError):
+        scrape(address)  # the port is free again
+
+
+def test_a_port_that_is_taken_is_told_as_such(run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"prometheus = '{address}': cannot listen there"):
+            RunLog(run, prometheus=address)

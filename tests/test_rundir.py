@@ -94,8 +94,10 @@ def test_rewinding_moves_later_steps_aside(tmp_path):
         run.metrics.write_bytes(
             b'{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4'
         )  # the last line was torn
+        run.alerts.write_bytes(b'{"step": 2, "rule": "a"}\n{"step": 3, "rule": "b"}\n')
         for step in (1, 2, 3):
             (run.rollouts / f"step_{step:06d}.parquet").write_text(str(step))
+            (run.evidence / f"step_{step:06d}.parquet").write_text(str(step))
         run.rewind(2)
         assert read_metrics(run.metrics) == [{"step": 1}, {"step": 2}]
         assert [file.name for file in rollout_files(tmp_path)] == [
@@ -105,6 +107,13 @@ def test_rewinding_moves_later_steps_aside(tmp_path):
         aside = tmp_path / "superseded" / "001"
         assert (aside / "metrics.jsonl").read_bytes().endswith(b'{"step": 3}\n{"step": 4')
         assert (aside / "rollouts" / "step_000003.parquet").read_text() == "3"
+        assert (aside / "evidence" / "step_000003.parquet").read_text() == "3"
+        assert sorted(file.name for file in run.evidence.iterdir()) == [
+            "step_000001.parquet",
+            "step_000002.parquet",
+        ]
+        assert run.alerts.read_bytes() == b'{"step": 2, "rule": "a"}\n'
+        assert (aside / "alerts.jsonl").read_bytes().endswith(b'{"step": 3, "rule": "b"}\n')
 
 
 def test_rewinding_to_the_last_step_changes_nothing(tmp_path):

@@ -51,7 +51,7 @@ def open_desk(
                         "the run goes back to step %d: a later checkpoint is now %s", start.version, place
                     )
             logs = session.logging_to(run.logs / "driver.log", view.event)
-            with RunLog(run, cfg.wandb_project) as log, view, logs:
+            with RunLog(run, cfg.wandb_project, cfg.prometheus) as log, view, logs:
                 yield Desk(run, log, view)
     finally:
         _explain(run.path, report, view)

@@ -50,16 +50,17 @@ async def train(
             groups = compared(await clock.lap("wait", buffer.take(), buffer.progress), cfg.algorithm)
             if not groups:
                 break
-            observer.taken(groups, buffer)
             replays = cfg.trainer.router_replay == "engine"
             batch = [
                 to_train_sequence(rollout, group.ordinal, replays)
                 for group in groups
                 for rollout in group.rollouts
             ]
+            chosen = observer.taken(groups, batch, buffer)
             # 2. log mu_v of the same tokens, beside the step on version v: ascend E[ phi(W) A grad log pi_v ]
-            rescoring = tasks.create_task(sampler.rescore(batch, cfg.loop.rescored_sequences))
-            output = await clock.lap("train", trainer.step(batch, observer.noise_variance))
+            rescoring = tasks.create_task(sampler.rescore(batch, chosen.rescored))
+            await observer.examine(trainer, clock)
+            output = await clock.lap("train", trainer.step(batch, observer.noise_variance, chosen.routed))
             rescored = await clock.lap("score", rescoring)
             # 3. mu <- pi, then admit as many new prompts
             version += 1

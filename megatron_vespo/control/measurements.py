@@ -17,7 +17,6 @@ from megatron_vespo.algo.statistics import by_lag, weight_statistics
 from megatron_vespo.config import AlgorithmConfig
 from megatron_vespo.types import (
     Doubles,
-    Experts,
     Floats,
     Group,
     Rollout,
@@ -68,11 +67,23 @@ def step_metrics(
         **{f"time/train_{part}_s": seconds for part, seconds in output.time_s.items()},
         **{f"time/sync_{part}_s": seconds for part, seconds in sync.time_s.items()},
         "sync/bytes": sync.num_bytes,
-        "sync/canary_abs_max_nats": sync.canary_abs_max,
+        **_canary(sync),
         "sync/engines": sync.num_engines,
         "sync/engines_lost": sync.num_lost,
         **({} if sync.changed is None else {"sync/changed": int(sync.changed)}),
     }
+
+
+def _canary(sync: SyncReport) -> Metrics:
+    """The pure gap between the engines: fixed tokens, same weights."""
+    metrics: Metrics = {
+        "sync/canary_abs_max_nats": sync.canary_abs_max,
+        "sync/canary_abs_mean_nats": sync.canary_abs_mean,
+        "sync/canary_k3_nats": sync.canary_k3_nats,
+    }
+    if sync.canary_expert_mismatch is not None:
+        metrics["sync/canary_expert_mismatch"] = sync.canary_expert_mismatch
+    return metrics
 
 
 class Filtered(NamedTuple):
@@ -144,6 +155,7 @@ def _learning(rollouts: Sequence[Rollout]) -> Metrics:
         "reward/train_mean": float(np.mean([r.reward for r in rollouts])),
         "reward/signal_fraction": float(np.mean([r.advantage != 0 for r in rollouts])),
         "response/length_mean": float(lengths.mean()),
+        "response/length_p95": float(np.quantile(lengths, 0.95)),
         "response/truncated_fraction": float(
             np.mean([r.response.finish_reason == "length" for r in rollouts])
         ),
@@ -264,25 +276,29 @@ def _update_nats(rollouts: Sequence[Rollout], output: StepOutput) -> Doubles:
 
 
 def _experts(seen: Sequence[Seen]) -> Metrics:
-    """Trainer against engine on the same weights, and trainer now against the engine when it sampled."""
-    ours, now = [s.trainer.experts for s in seen], [s.engine.experts for s in seen]
-    then = [s.then.response.experts for s in seen]
-    if any(x is None for x in [*ours, *now, *then]):
+    """Trainer against engine on the same weights, and trainer now against the engine when it sampled.
+
+    Of the sequences whose choices were asked for: see selection.py.
+    """
+    choices = [(s.trainer.experts, s.engine.experts, s.then.response.experts) for s in seen]
+    known = [
+        (ours, now, then)
+        for ours, now, then in choices
+        if ours is not None and now is not None and then is not None
+    ]
+    if not known:
         return {}
-    same_weights = expert_gap(_overlap(ours, now))
-    since_sampling = expert_gap(_overlap(ours, then))
+    ours, now, then = (np.concatenate(column) for column in zip(*known, strict=True))
+    same_weights, since_sampling = (
+        expert_gap(expert_overlap(ours, now)),
+        expert_gap(expert_overlap(ours, then)),
+    )
     return {
+        "experts/compared_tokens": len(ours),
         **{f"experts/{key}": value for key, value in same_weights.items()},
         "experts/stale_overlap_layer": since_sampling["overlap_layer"],
         "experts/stale_overlap_mean": since_sampling["overlap_mean"],
     }
-
-
-def _overlap(chosen: Sequence[Experts | None], reference: Sequence[Experts | None]) -> Doubles:
-    return expert_overlap(
-        np.concatenate([x for x in chosen if x is not None]),
-        np.concatenate([x for x in reference if x is not None]),
-    )
 
 
 def _entropy(rollouts: Sequence[Rollout], output: StepOutput) -> Floats:

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from megatron_vespo.config import TrainConfig
+from megatron_vespo.control.alerts import Watch
 from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.clock import StepClock
 from megatron_vespo.control.evaluation import Evaluated
+from megatron_vespo.control.examination import Case, case_metrics, write_cases
 from megatron_vespo.control.measurements import Filtered, Metrics, filter_metrics, step_metrics
 from megatron_vespo.control.progress import Progress
+from megatron_vespo.control.selection import Selection
 from megatron_vespo.data.stream import EpochStream
+from megatron_vespo.evidence import Facts
 from megatron_vespo.metrics import LiveView, RunLog
-from megatron_vespo.rundir import RunDirectory, rollout_rows, write_rollouts
-from megatron_vespo.types import Group, Prompt, Scored, StepOutput, SyncReport
+from megatron_vespo.rundir import RunDirectory, read_metrics, rollout_rows, write_rollouts
+from megatron_vespo.types import (
+    Examined,
+    Group,
+    Prompt,
+    Rollout,
+    Scored,
+    StepOutput,
+    SyncReport,
+    Trainer,
+    TrainSequence,
+)
+
+logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[], Awaitable[Sequence[Evaluated]]]
 
@@ -31,12 +50,14 @@ class Sources(NamedTuple):
     """Of this moment."""
     evaluate: Evaluate | None
     """Samples the held-out sets; None without any."""
+    facts: Facts
+    """What evidence files say of the run as a whole."""
     begun: Callable[[], object] = lambda: None
     """Told when training begins, so that from then on a run can end after a step."""
 
 
 class Observer:
-    """Turns the loop's events into metrics.jsonl, TensorBoard, rollout files and the live view."""
+    """Turns the loop's events into metrics.jsonl, TensorBoard, rollout and evidence files, alerts and the live view."""
 
     def __init__(
         self,
@@ -52,6 +73,12 @@ class Observer:
         self._run, self._log, self._view, self._sources = run, log, view, sources
         self._failed_before: Mapping[str, int] = {}
         self._in_training: Sequence[Group] = ()
+        self._batch: Sequence[TrainSequence] = ()
+        self._chosen = Selection()
+        self._examined: Sequence[Examined] = ()
+        self._watch = Watch(cfg)
+        for record in read_metrics(run.metrics) if run.metrics.exists() else []:  # of a run that is resumed
+            self._watch.see(record["step"], record)
         self._taken: Metrics = {}
         self._filtered: list[Filtered] = []
         self._num_expired = 0
@@ -86,13 +113,25 @@ class Observer:
             f"{report.canary_abs_max:.1e} nats of the trainer, {report.num_bytes / 1e6:.1f} MB pushed"
         )
 
-    def taken(self, groups: Sequence[Group], buffer: GroupBuffer) -> None:
-        """A batch goes to the trainer."""
-        self._in_training = groups
+    def taken(
+        self, groups: Sequence[Group], batch: Sequence[TrainSequence], buffer: GroupBuffer
+    ) -> Selection:
+        """A batch goes to the trainer; which of its sequences are measured more closely."""
+        self._in_training, self._batch = groups, batch
         self._taken = {
             "loop/overtaken_groups": buffer.num_overtaken,
             "loop/waiting_groups": buffer.num_finished,
         }
+        self._chosen = Selection.of(self._cfg, self._version + 1, batch)
+        return self._chosen
+
+    async def examine(self, trainer: Trainer, clock: StepClock) -> None:
+        """If evidence is due: the passes that tell causes apart, under the weights that are about to be trained."""
+        rollouts = _rollouts(self._in_training)
+        sequences = [
+            replace(self._batch[i], experts=rollouts[i].response.experts) for i in self._chosen.examined
+        ]
+        self._examined = await clock.lap("examine", trainer.examine(sequences)) if sequences else ()
 
     def filtered(self, group: Group) -> None:
         """A group without signal was dropped."""
@@ -107,8 +146,9 @@ class Observer:
     ) -> None:
         """One optimizer step is done and its weights are served."""
         self._version += 1
-        self._in_training = ()
+        self._in_training = self._batch = ()
         self._pending |= self._taken
+        cases = self._cases(groups, output, rescored)
         # In a thread: with long responses this takes seconds, for which nobody else waits.
         self._pending |= await asyncio.to_thread(
             step_metrics, self._version, groups, output, rescored, sync, self._cfg.algorithm
@@ -126,7 +166,13 @@ class Observer:
             self._view.event(
                 f"version {self._version}: {sync.num_lost} engine(s) lost during the push; {sync.num_engines} serve it"
             )
-        await asyncio.to_thread(self._write_rollouts, groups, output, rescored)
+        if cases:
+            self._pending |= await asyncio.to_thread(case_metrics, cases, self._sources.facts)
+        rows = rollout_rows(groups, output, rescored, step=self._version)
+        await asyncio.to_thread(write_rollouts, self._run.rollouts, rows)
+        if cases:
+            theirs = [rows[i] for i in self._chosen.examined]
+            await asyncio.to_thread(write_cases, self._run.evidence, theirs, cases, self._sources.facts)
 
     def begin(self) -> None:
         """Training begins."""
@@ -164,6 +210,7 @@ class Observer:
         self._pending |= {f"time/{phase}_s": seconds for phase, seconds in clock.laps_s.items()}
         self._pending["time/step_s"] = clock.elapsed_s
         self._pending["throughput/tokens_per_s"] = num_tokens / clock.elapsed_s
+        self._alert()
         self.flush()
 
     def saved(self, seconds: float) -> None:
@@ -197,16 +244,43 @@ class Observer:
         if self._version == 0:  # there is no step to join
             self.flush()
 
-    def _write_rollouts(
+    def _cases(
         self, groups: Sequence[Group], output: StepOutput, rescored: Sequence[Scored | None]
-    ) -> None:
-        write_rollouts(self._run.rollouts, rollout_rows(groups, output, rescored, step=self._version))
+    ) -> list[Case]:
+        """Of the step that has just been counted."""
+        rollouts = _rollouts(groups)
+        return [
+            Case(
+                rollout=rollouts[i],
+                examined=examined,
+                policy=output.scored[i],
+                engine=rescored[i],
+                train_version=self._version - 1,
+            )
+            for i, examined in zip(self._chosen.examined, self._examined, strict=True)
+        ]
+
+    def _alert(self) -> None:
+        """Tell of what begins and of what is over, once each."""
+        changes = self._watch.see(self._version, self._pending)
+        self._pending["alerts/active"] = len(self._watch.active)
+        for alert in changes:
+            if alert.begins:
+                logger.warning("alert at step %d: %s", alert.step, alert.message)
+            else:
+                self._view.event(f"version {alert.step}: the alert '{alert.rule}' is over")
+        with self._run.alerts.open("a") as file:
+            file.writelines(json.dumps({"time": time.time(), **asdict(alert)}) + "\n" for alert in changes)
 
     def _failures(self) -> Metrics:
         """Since the last step."""
         now, before = dict(self._sources.failures()), self._failed_before
         self._failed_before = now
         return {metric: num - before.get(metric, 0) for metric, num in now.items()}
+
+
+def _rollouts(groups: Sequence[Group]) -> list[Rollout]:
+    return [rollout for group in groups for rollout in group.rollouts]
 
 
 def _prompt_metrics(prompts: EpochStream[Prompt]) -> Metrics:

@@ -8,17 +8,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from megatron_vespo.algo.mismatch import token_gap
+from megatron_vespo.algo.routers import expert_overlap
 from megatron_vespo.config import RolloutConfig
 from megatron_vespo.control.clock import bounded
 from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.lifecycle import State
 from megatron_vespo.rollout.member import Member
 from megatron_vespo.rollout.weight_sync import PushOutcome, Target
-from megatron_vespo.types import Floats, RunError, Scored, SyncReport, TrainSequence
+from megatron_vespo.types import Floats, Mask, RunError, Scored, SyncReport, TrainSequence
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,19 @@ class Source(Protocol):
         ...
 
 
+class Gap(NamedTuple):
+    """Between the trainer and one engine on the canary."""
+
+    nats: Floats
+    """Trainer - engine, of every token."""
+    flips: Mask | None
+    """Of every (token, layer), whether their expert sets differ; None where one of them does not record experts."""
+
+    @property
+    def largest(self) -> float:
+        return float(np.abs(self.nats).max())
+
+
 @dataclass
 class _Tally:
     """Of the pushes of one version."""
@@ -46,8 +61,8 @@ class _Tally:
     num_lost: int = 0
     is_outdated: bool = False
     """The trainer holds newer weights by now."""
-    gaps: list[Floats] = field(default_factory=list)
-    """Trainer - engine over the canary tokens, nats, of each engine that was confirmed."""
+    gaps: list[Gap] = field(default_factory=list)
+    """Of each engine that was confirmed."""
     time_s: Counter[str] = field(default_factory=Counter)
 
 
@@ -93,8 +108,7 @@ class FleetPublisher:
             version=version,
             num_bytes=tally.num_bytes,
             time_s={**tally.time_s, "publish": perf_counter() - began},
-            canary_abs_max=max(map(_largest, tally.gaps), default=0.0),
-            canary_variance=float(np.square(np.concatenate(tally.gaps)).mean()) if tally.gaps else 0.0,
+            **_canary(tally.gaps),
             num_engines=serving,
             num_lost=tally.num_lost,
             changed=self._changed,
@@ -143,7 +157,7 @@ class FleetPublisher:
             limit="rollout.start_timeout_s + rollout.sync_timeout_s",
         )
 
-    async def _confirm(self, outcome: PushOutcome, members: Sequence[Member]) -> list[Floats]:
+    async def _confirm(self, outcome: PushOutcome, members: Sequence[Member]) -> list[Gap]:
         """Let the engines serve that hold and compute what they should, and lose the others; the canary's gaps.
 
         Raises:
@@ -161,9 +175,8 @@ class FleetPublisher:
         scored = [name for name in complete if name not in odd]
         answers = await asyncio.gather(*(self._gap(n, trained) for n in scored))
         gaps = {name: gap for name, gap in zip(scored, answers, strict=True) if gap is not None}
-        largest = {name: _largest(gap) for name, gap in gaps.items()}
-        fine = {name: gap for name, gap in gaps.items() if largest[name] <= self._cfg.canary_tolerance}
-        wrong = {name: gap for name, gap in largest.items() if name not in fine}
+        fine = {name: gap for name, gap in gaps.items() if gap.largest <= self._cfg.canary_tolerance}
+        wrong = {name: gap.largest for name, gap in gaps.items() if name not in fine}
         for name, gap in wrong.items():
             self._fleet.lose(name, self._canary_message(name, gap))
         if wrong and not fine and all(m.state is not State.SERVING for m in self._fleet.members):
@@ -192,8 +205,8 @@ class FleetPublisher:
             self._trained = version, await self._source.score(self._canary)
         return self._trained[1]
 
-    async def _gap(self, name: str, trained: Sequence[Scored]) -> Floats | None:
-        """Trainer - engine over the canary tokens, nats; None if the engine was lost over it."""
+    async def _gap(self, name: str, trained: Sequence[Scored]) -> Gap | None:
+        """Between trainer and engine on the canary; None if the engine was lost over it."""
         limit_s = (
             self._cfg.sync_timeout_s
         )  # nothing else bounds it: deadlines stand still while weights are pushed
@@ -204,9 +217,7 @@ class FleetPublisher:
             why = str(err) or f"no answer within rollout.sync_timeout_s = {limit_s:g}"
             self._fleet.lose(name, f"did not score the canary: {why}")
             return None
-        return np.concatenate([
-            ours.logp - theirs.logp for ours, theirs in zip(trained, served, strict=True)
-        ])  # fmt: skip
+        return _gap_of(trained, served)
 
     def _canary_message(self, name: str, gap: float) -> str:
         return (
@@ -216,8 +227,33 @@ class FleetPublisher:
         )
 
 
-def _largest(gap: Floats) -> float:
-    return float(np.abs(gap).max())
+def _gap_of(trained: Sequence[Scored], served: Sequence[Scored]) -> Gap:
+    pairs = list(zip(trained, served, strict=True))
+    overlaps = [
+        expert_overlap(ours.experts, theirs.experts)
+        for ours, theirs in pairs
+        if ours.experts is not None and theirs.experts is not None
+    ]
+    return Gap(
+        nats=np.concatenate([ours.logp - theirs.logp for ours, theirs in pairs]),
+        flips=np.concatenate(overlaps) < 1 if overlaps else None,
+    )
+
+
+def _canary(gaps: Sequence[Gap]) -> dict[str, Any]:
+    """Over the tokens of all engines, as fields of a `SyncReport`."""
+    if not gaps:
+        return {"canary_abs_max": 0.0}
+    d = np.concatenate([gap.nats for gap in gaps])
+    numbers = token_gap(d, np.zeros_like(d))
+    flips = [gap.flips for gap in gaps if gap.flips is not None]
+    return {
+        "canary_abs_max": numbers["abs_max_nats"],
+        "canary_variance": numbers["square_mean_nats2"],
+        "canary_abs_mean": numbers["abs_mean_nats"],
+        "canary_k3_nats": numbers["k3_nats"],
+        "canary_expert_mismatch": float(np.concatenate(flips).mean()) if flips else None,
+    }
 
 
 def layout_of(digest: str) -> str:

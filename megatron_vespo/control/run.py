@@ -16,6 +16,7 @@ from megatron_vespo.control.cluster import Cluster
 from megatron_vespo.control.desk import Desk, Report, finish, is_complete, open_desk
 from megatron_vespo.control.engines import RayEngine
 from megatron_vespo.control.evaluation import Evaluated
+from megatron_vespo.control.examination import facts_of
 from megatron_vespo.control.observer import Observer, Sources
 from megatron_vespo.control.plan import TrainPlan, plan_train
 from megatron_vespo.control.progress import Progress, Resume, ledger_of, name_of_stream, rescue, start_of
@@ -102,6 +103,7 @@ async def _train(plan: TrainPlan, start: Progress, desk: Desk, stop: session.Sto
             failures=lambda: _failures(judge, engine),
             engine_metrics=fleet.metrics,
             begun=lambda: setattr(stop, "gently", buffer.close),
+            facts=facts_of(cfg, plan.shape, desk.run),
             evaluate=(lambda: evaluation.evaluate(cfg, plan.heldout, examiner)) if plan.heldout else None,
         )
         observer = Observer(cfg, desk.run, desk.log, desk.view, sources, start)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from megatron_vespo.algo.advantages import group_advantages
 from megatron_vespo.config import TrainConfig
 from megatron_vespo.types import (
@@ -51,9 +49,8 @@ class Sampler:
         responses = await self._engine.sample(prompt, num, sampling)
         return responses, await self._verifier.score(prompt, responses)
 
-    async def rescore(self, batch: Sequence[TrainSequence], num: int | None) -> list[Scored | None]:
-        """The engine's scores of `num` sequences evenly spread over the batch (None: of all), None for the others."""
-        chosen = sorted({int(i) for i in np.linspace(0, len(batch) - 1, min(num or len(batch), len(batch)))})
+    async def rescore(self, batch: Sequence[TrainSequence], chosen: Sequence[int]) -> list[Scored | None]:
+        """The engine's scores of the sequences at the chosen places, None for the others."""
         scores = await self._engine.score([batch[i] for i in chosen])
         score_of = dict(zip(chosen, scores, strict=True))
         return [score_of.get(i) for i in range(len(batch))]

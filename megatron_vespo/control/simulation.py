@@ -20,6 +20,7 @@ from safetensors import safe_open
 from megatron_vespo.config import RolloutConfig, TrainConfig, to_toml
 from megatron_vespo.control import loop
 from megatron_vespo.control.buffer import GroupBuffer
+from megatron_vespo.control.examination import facts_of
 from megatron_vespo.control.observer import Observer, Sources
 from megatron_vespo.control.progress import Progress, ledger_of
 from megatron_vespo.control.publisher import FleetPublisher
@@ -31,7 +32,9 @@ from megatron_vespo.rollout.server import EngineProcess
 from megatron_vespo.rollout.simulated_engine import simulated_logp
 from megatron_vespo.rollout.weight_sync import PushOutcome, Target, WeightSync
 from megatron_vespo.rundir import RunDirectory
+from megatron_vespo.trainer.hf_config import read_model_shape
 from megatron_vespo.types import (
+    Examined,
     Prompt,
     Response,
     Scored,
@@ -70,7 +73,12 @@ class SimulatedTrainer:
         self._model = model
         self._sync = WeightSync(model, cfg, torch.device("cpu"))
 
-    async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
+    async def step(
+        self,
+        sequences: Sequence[TrainSequence],
+        noise_variance: float = 0.0,
+        routed: Sequence[int] | None = None,
+    ) -> StepOutput:
         async with self._turn:
             await asyncio.sleep(self._step_s(sequences))
             return await self._step(sequences)
@@ -104,6 +112,14 @@ class SimulatedTrainer:
             )
             for s in sequences
         ]
+
+    async def examine(self, sequences: Sequence[TrainSequence]) -> tuple[Examined, ...]:
+        """It is exact, and has no routers."""
+        async with self._turn:
+            return tuple(
+                Examined(natural=scored, repeat=scored.logp, replayed=None, margin=None)
+                for scored in await self.score(sequences)
+            )
 
     async def push(self, targets: Sequence[Target], version: int) -> PushOutcome | None:
         async with self._turn:
@@ -172,6 +188,7 @@ async def simulate(
                 failures=lambda: {f"verifier/{kind}": num for kind, num in judge.failures.items()},
                 engine_metrics=fleet.metrics,
                 evaluate=None,
+                facts=facts_of(cfg, read_model_shape(cfg.model), run),
             )
             observer = Observer(cfg, run, log, view, sources, start)
             canary = [

@@ -19,7 +19,7 @@ from megatron_vespo.diagnose.page import BLUE, GREEN, GREY, ORANGE, PURPLE, RED,
 from megatron_vespo.metrics import PHASES
 from megatron_vespo.types import Doubles
 
-PHASE_COLORS: dict[str, str] = dict(zip(PHASES, (GREY, BLUE, ORANGE, GREEN, PURPLE, SKY), strict=True))
+PHASE_COLORS: dict[str, str] = dict(zip(PHASES, (GREY, RED, BLUE, ORANGE, GREEN, PURPLE, SKY), strict=True))
 _POINTS = 4000
 """Of a scatter plot; more only make it black."""
 

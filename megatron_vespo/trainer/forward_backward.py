@@ -23,7 +23,7 @@ from megatron_vespo.trainer.layout import Groups, rank_name
 from megatron_vespo.trainer.outputs import RouterRows
 from megatron_vespo.trainer.packing import Inputs, Microbatch, cut, input_numbers, input_offsets
 from megatron_vespo.trainer.shaping import Shaped, shape
-from megatron_vespo.types import Doubles, Mask, RunError, TrainSequence
+from megatron_vespo.types import Doubles, Experts, Mask, RunError, TrainSequence
 
 PROBLEMS = ("loss", "log W", "log-prob", "row of expert choices")
 """Numbers that are checked, each the cause of those before it."""
@@ -83,7 +83,7 @@ class Outcome:
     """By microbatch: [S] log-probs on this rank's device, detached."""
     routing: list[RouterRows] = field(default_factory=list)
     choices: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    """By (chunk, microbatch): [t, l, K] int16, what the routers chose by themselves."""
+    """By (chunk, microbatch): [t, l, K], what the routers chose by themselves."""
     margins: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """By (chunk, microbatch): [t, l] float16, by how much."""
     sums: Doubles
@@ -259,7 +259,7 @@ class Runner:
         rows, bad = self._routing.rows(one.work.sequences, microbatch.sequences, numbers, chunk)
         if bad is not None:
             one.note("row of expert choices", bad)
-        return torch.from_numpy(rows).to(self._groups.device).long()
+        return torch.from_numpy(rows.view(np.int16)).to(self._groups.device).long()
 
     def _router_numbers(self, one: _Pass, microbatch: Microbatch) -> np.ndarray:
         """Which input of the batch each row of this rank's routers is; under sequence parallelism it has a slice."""
@@ -277,7 +277,7 @@ class Runner:
         return RouterRows(
             number=number[is_wanted],
             layers=self._routing.layers(chunk),
-            experts=one.outcome.choices[chunk, index].cpu().numpy()[is_wanted],
+            experts=_unsigned(one.outcome.choices[chunk, index].cpu().numpy()[is_wanted]),
             margin=None if margins is None else margins.cpu().numpy()[is_wanted],
         )
 
@@ -447,6 +447,10 @@ class Runner:
             f"sequence {uid}: its {what} is not finite, {when} on {where}; {unharmed}resume from a checkpoint, with a "
             "smaller learning rate where it happens again"
         )
+
+
+def _unsigned(experts: np.ndarray) -> Experts:
+    return experts.view(f"u{experts.itemsize}")
 
 
 def _difference(logp: Tensor, reference: Tensor) -> Tensor:

@@ -162,16 +162,17 @@ def _experts(outputs: Sequence[RankOutput], sequences: Sequence[TrainSequence]) 
     if not rows:
         return [None] * len(sequences)
     offsets = input_offsets(sequences)
-    whole = np.full((int(offsets[-1]), _num_layers(rows), rows[0].experts.shape[-1]), -1, np.int16)
+    whole = np.zeros((int(offsets[-1]), _num_layers(rows), rows[0].experts.shape[-1]), rows[0].experts.dtype)
+    missing = np.full(whole.shape[:2], np.float32(np.nan))
     for row in rows:
-        whole[row.number[:, None], row.layers[None, :]] = row.experts
+        place = row.number[:, None], row.layers[None, :]
+        whole[place], missing[place] = row.experts, 0
     found: list[Experts | None] = []
     for a, b in itertools.pairwise(offsets):
-        is_missing = (whole[a:b] < 0).any((1, 2))
-        if is_missing.all():  # not asked for
+        if np.isnan(missing[a:b]).all():  # not asked for
             found.append(None)
             continue
-        _check_complete(np.where(is_missing, np.nan, np.float32(0)), "experts of a sequence's input")
+        _check_complete(missing[a:b].sum(1), "experts of a sequence's input")
         found.append(whole[a:b])
     return found
 

@@ -151,9 +151,13 @@ class Routing:
             listener.begin(target, records=records, measures=measures, recomputed=train and self._recompute)
 
     def own_choices(self, chunk: int) -> Tensor:
-        """[t, l, K] int16: what the chunk's routers chose in the pass announced last, or would have without replay."""
+        """[t, l, K] what the chunk's routers chose in the pass announced last, or would have without replay; uint8, or
+        int16 where there are more experts than it counts."""
         own = [listener.own for listener in self._listeners[chunk]]
-        return torch.stack([_recorded(x) for x in own], 1).to(torch.int16)
+        narrow = (
+            torch.uint8 if self._shape.num_experts <= 256 else torch.int16
+        )  # of uint16 torch knows little
+        return torch.stack([_recorded(x) for x in own], 1).to(narrow)
 
     def margins(self, chunk: int) -> Tensor:
         """[t, l] float16: by how much each router's last choice beat the next expert, in the scores that select."""
@@ -179,7 +183,7 @@ class Routing:
         layers, offsets = self._layers[chunk], input_offsets(sequences)
         topk = self._shape.experts_per_token
         spread = np.arange(len(number) * topk).reshape(-1, 1, topk) % self._shape.num_experts
-        rows = np.broadcast_to(spread, (len(number), len(layers), topk)).astype(np.int16)
+        rows = np.broadcast_to(spread, (len(number), len(layers), topk)).astype(np.uint16)
         for i in chosen:
             experts = sequences[i].experts
             assert experts is not None, "check_experts comes first"

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.types import (
+    Examined,
+    Experts,
     Prompt,
     Response,
     RunError,
@@ -22,7 +24,7 @@ from megatron_vespo.types import (
     VersionSpan,
 )
 
-NUM_LAYERS, TOP_K = 3, 2
+NUM_LAYERS, TOP_K, NUM_EXPERTS = 3, 2, 4
 
 
 def prompt(index: int) -> Prompt:
@@ -63,7 +65,7 @@ class FakeEngine:
             text="1" if good else "0",
             behavior_logp=np.full(2, _logp(version), np.float32),
             spans=(VersionSpan(version=version, start=0, end=2),),
-            experts=np.zeros((rows, NUM_LAYERS, TOP_K), np.int16) + np.arange(TOP_K, dtype=np.int16),
+            experts=_experts(rows),
             finish_reason="stop",
         )
 
@@ -78,24 +80,52 @@ class FakeTrainer:
         self.events: list[str] = []
         self.batches: list[list[TrainSequence]] = []
         self.noise_variances: list[float] = []
+        self.routed: list[list[int]] = []
+        self.examined: list[list[TrainSequence]] = []
+        self.mismatches: dict[int, float] = {}
+        """By version: nats per token by which this trainer disagrees with the engine in the step on it."""
         self.left_out = 0
         """Sequences at the end of each batch that a guard leaves untrained."""
 
-    async def step(self, sequences: Sequence[TrainSequence], noise_variance: float = 0.0) -> StepOutput:
+    async def step(
+        self,
+        sequences: Sequence[TrainSequence],
+        noise_variance: float = 0.0,
+        routed: Sequence[int] | None = None,
+    ) -> StepOutput:
         await asyncio.sleep(self.delay_s)
         self.batches.append(list(sequences))
         self.noise_variances.append(noise_variance)
+        self.routed.append(list(range(len(sequences)) if routed is None else routed))
         self.events.append(f"step on {self.version}")
-        logp = _logp(self.version)
+        logp = _logp(self.version) + self.mismatches.get(self.version, 0.0)
         trained = sequences[: len(sequences) - self.left_out]
         log_w = np.array([float(np.sum(logp - s.behavior_logp)) for s in trained])
         self.version += 1
         return StepOutput(
-            scored=tuple(_scored(s, logp=logp, entropy=True) for s in sequences),
+            scored=tuple(
+                _scored(s, logp=logp, entropy=True, routed=i in self.routed[-1])
+                for i, s in enumerate(sequences)
+            ),
             log_w=log_w,
             coefficient=np.exp(-np.abs(log_w)),
             updates=(update(),),
             time_s={"optimizer": 0.1},
+        )
+
+    async def examine(self, sequences: Sequence[TrainSequence]) -> tuple[Examined, ...]:
+        """Routing costs 0.01 nats on each token; noise 0.001."""
+        self.examined.append(list(sequences))
+        self.events.append(f"examine on {self.version}")
+        logp = _logp(self.version)
+        return tuple(
+            Examined(
+                natural=_scored(s, logp=logp, entropy=True),
+                repeat=np.full(s.num_response_tokens, logp + 0.001, np.float32),
+                replayed=None if s.experts is None else _scored(s, logp=logp - 0.01),
+                margin=np.full((len(s.token_ids) - 1, NUM_LAYERS), 0.5, np.float32),
+            )
+            for s in sequences
         )
 
     async def publish(self, version: int) -> SyncReport:
@@ -134,15 +164,18 @@ class FakeVerifier:
         return tuple(float(response.text == prompt.answer) for response in responses)
 
 
+def _experts(num_rows: int) -> Experts:
+    return np.zeros((num_rows, NUM_LAYERS, TOP_K), np.uint8) + np.arange(TOP_K, dtype=np.uint8)
+
+
 def _logp(version: int) -> float:
     return -0.1 * (1 + version)
 
 
-def _scored(sequence: TrainSequence, logp: float, entropy: bool = False) -> Scored:
+def _scored(sequence: TrainSequence, logp: float, entropy: bool = False, routed: bool = True) -> Scored:
     num = sequence.num_response_tokens
-    rows = len(sequence.token_ids) - 1
     return Scored(
         logp=np.full(num, logp, np.float32),
-        experts=np.zeros((rows, NUM_LAYERS, TOP_K), np.int16) + np.arange(TOP_K, dtype=np.int16),
+        experts=_experts(len(sequence.token_ids) - 1) if routed else None,
         entropy=np.full(num, 0.7, np.float32) if entropy else None,
     )

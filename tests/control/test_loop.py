@@ -21,19 +21,21 @@ from megatron_vespo.control.progress import Progress, ledger_of
 from megatron_vespo.control.sampler import Sampler
 from megatron_vespo.data.stream import EpochStream
 from megatron_vespo.diagnose.report import write_report
+from megatron_vespo.evidence import Facts, read_evidence
 from megatron_vespo.metrics import LiveView, RunLog
 from megatron_vespo.rundir import RunDirectory
 from megatron_vespo.types import RunError
-from tests.control.fakes import FakeEngine, FakeTrainer, FakeVerifier, prompt
+from tests.control.fakes import NUM_EXPERTS, FakeEngine, FakeTrainer, FakeVerifier, prompt
 
 
-def config(run_dir: Path, evaluation: dict, **loop_options) -> TrainConfig:
+def config(run_dir: Path, evaluation: dict, instruments: dict, **loop_options) -> TrainConfig:
     return parse_config(TrainConfig, {
         "run_dir": str(run_dir),
         "model": "none",
         "prompts": {"train": "none.parquet", "max_prompt_tokens": 8},
         "sampling": {"max_response_tokens": 8},
         "evaluation": {"sets": {"heldout": "none.parquet"}, **evaluation},
+        "instruments": instruments,
         "trainer": {"device": "cpu", "optimizer": {"learning_rate": 1e-3}},
         "loop": {"num_steps": 6, "prompts_per_step": 2, "group_size": 4, "step_timeout_s": 20, **loop_options},
     })  # fmt: skip
@@ -43,10 +45,15 @@ class Scenario:
     """A run of the real loop, observer and files on fake collaborators."""
 
     def __init__(
-        self, run_dir: Path, start: Progress | None = None, evaluation: dict | None = None, **loop_options
+        self,
+        run_dir: Path,
+        start: Progress | None = None,
+        evaluation: dict | None = None,
+        instruments: dict | None = None,
+        **loop_options,
     ) -> None:
         start = start or Progress(stream="test")
-        self.cfg = config(run_dir, evaluation or {}, **loop_options)
+        self.cfg = config(run_dir, evaluation or {}, instruments or {"every": 0}, **loop_options)
         self.engine = FakeEngine(delay_s=0.002)
         self.trainer = FakeTrainer(self.engine, version=start.version)
         self.verifier = FakeVerifier()
@@ -64,6 +71,7 @@ class Scenario:
             failures=lambda: {f"verifier/{kind}": num for kind, num in self.verifier.failures.items()},
             engine_metrics=dict,
             evaluate=lambda: evaluate(cfg, {"heldout": [prompt(99)]}, self.sampler),
+            facts=Facts(num_experts=NUM_EXPERTS),
         )
         with RunDirectory(self.path, to_toml(cfg), resume=start.version > 0) as run, RunLog(run) as log, view:
             self.observer = Observer(cfg, run, log, view, sources, start)
@@ -299,3 +307,108 @@ def test_a_checkpoint_knows_which_prompts_are_done_out_of_order(tmp_path):
     second.run()
     after = [s.uid for batch in second.trainer.batches for s in batch[::4]]
     assert len(set(done + after)) == len(done + after) == 18
+
+
+# ----------------------------------------------------------------------------------------------- instruments
+
+
+def test_evidence_is_written_of_the_first_step_and_then_when_it_is_due(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=5, instruments={"every": 2, "sequences": 3})
+    records = scenario.run()
+    assert names(tmp_path / "run" / "evidence") == [f"step_{n:06d}.parquet" for n in (1, 2, 4)]
+    events = [e for e in scenario.trainer.events if not e.startswith(("publish", "save"))]
+    assert events == [
+        "examine on 0", "step on 0", "examine on 1", "step on 1", "step on 2", "examine on 3", "step on 3", "step on 4",
+    ]  # fmt: skip
+    assert [r["step"] for r in records if "time/examine_s" in r] == [1, 2, 4]
+    assert [len(examined) for examined in scenario.trainer.examined] == [3, 3, 3]
+    assert all(s.experts is not None for examined in scenario.trainer.examined for s in examined)
+
+
+def test_the_same_sequences_are_examined_in_the_same_step_of_a_resumed_run(tmp_path):
+    instruments = {"every": 1, "sequences": 2}
+    whole = Scenario(tmp_path / "whole", num_steps=3, max_staleness=0, instruments=instruments)
+    whole.run()
+    first = Scenario(tmp_path / "run", num_steps=2, max_staleness=0, instruments=instruments)
+    first.run()
+    second = Scenario(
+        tmp_path / "run", start=first.observer.progress, num_steps=3, max_staleness=0, instruments=instruments
+    )
+    second.run()
+    both = [[s.uid for s in examined] for examined in first.trainer.examined + second.trainer.examined]
+    assert both == [[s.uid for s in examined] for examined in whole.trainer.examined]
+    assert len({tuple(uids) for uids in both}) > 1, "always the same places are drawn"
+
+
+def test_an_evidence_file_has_all_that_both_engines_said_about_the_examined_sequences(tmp_path):
+    scenario = Scenario(
+        tmp_path / "run", num_steps=2, rescored_sequences=1, instruments={"every": 1, "sequences": 3}
+    )
+    scenario.run()
+    evidence = read_evidence(tmp_path / "run" / "evidence" / "step_000002.parquet")
+    assert len(evidence.num_response) == 3 and evidence.is_routed.all()
+    assert evidence.facts.num_experts == NUM_EXPERTS
+    assert set(evidence.experts) == {"behavior", "engine", "natural", "shadow"}
+    np.testing.assert_allclose(evidence.natural_logp, -0.2)  # the fakes' log-prob at version 1
+    np.testing.assert_allclose(evidence.repeat_logp, -0.199, rtol=1e-6)
+    np.testing.assert_allclose(evidence.replayed_logp, -0.21, rtol=1e-6)
+    np.testing.assert_allclose(evidence.engine_logp, -0.2, rtol=1e-6)
+    np.testing.assert_allclose(evidence.behavior_logp, -0.1 * (2 - evidence.version_gap), rtol=1e-6)
+    np.testing.assert_allclose(evidence.entropy, 0.7, rtol=1e-6)
+    np.testing.assert_array_equal(evidence.margin, 0.5)
+
+
+def test_causes_of_the_examined_sequences_are_in_the_log_and_add_up(tmp_path):
+    instruments = {"every": 1, "sequences": 8}
+    records = Scenario(tmp_path / "run", num_steps=3, max_staleness=0, instruments=instruments).run()
+    for record in records[1:]:
+        # behavior = engine = natural = policy, and replaying takes 0.01 nats off: engine -0.01, routing +0.01.
+        assert record["cause/engine_nats"] == pytest.approx(-0.01, abs=1e-6)
+        assert record["cause/routing_nats"] == pytest.approx(0.01, abs=1e-6)
+        assert record["cause/rerun_nats"] == record["cause/decode_nats"] == pytest.approx(0, abs=1e-6)
+        assert record["floor/k3_nats"] == pytest.approx(0.001**2 / 2, rel=1e-2)
+        assert record["router/mismatch"] == record["router/free"] == record["router/local"] == 0
+        assert record["router/margin_p50"] == pytest.approx(0.5, rel=0.1)
+        assert record["router/replayed_tokens"] == 0 and "router/replay_effect_max_nats" not in record
+
+
+def test_experts_are_compared_on_so_many_tokens_as_are_asked_for(tmp_path):
+    scenario = Scenario(tmp_path / "run", num_steps=4, instruments={"every": 0, "expert_tokens": 12})
+    records = scenario.run()
+    for places, batch, record in zip(
+        scenario.trainer.routed, scenario.trainer.batches, records[1:], strict=True
+    ):
+        num = sum(len(batch[i].token_ids) for i in places)
+        assert 0 < num <= 12 < sum(len(s.token_ids) for s in batch)
+        assert record["experts/compared_tokens"] == num - len(places)  # of N tokens N - 1 are processed
+
+
+def test_an_alert_is_told_once_filed_and_counted_until_it_is_over(tmp_path, caplog):
+    scenario = Scenario(tmp_path / "run", num_steps=5)
+    scenario.trainer.mismatches = {2: 0.2, 3: 0.2}  # nats, in the batches of these versions
+    caplog.set_level("WARNING", "megatron_vespo")
+    records = scenario.run()
+    assert [record["alerts/active"] for record in records[1:]] == [0, 0, 1, 1, 0]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "alerts.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["rule"], line["begins"]) for line in lines] == [
+        (3, "engine_mismatch", True),
+        (5, "engine_mismatch", False),
+    ]
+    assert len([r for r in caplog.records if "mismatch/k3_nats = 2.1e-02 nats: expected" in r.message]) == 1
+    assert "version 5: the alert 'engine_mismatch' is over" in scenario.text.getvalue()
+
+
+def test_a_resumed_run_does_not_repeat_an_alert_that_still_holds(tmp_path):
+    first = Scenario(tmp_path / "run", num_steps=2)
+    first.trainer.mismatches = {1: 0.2}
+    first.run()
+    second = Scenario(tmp_path / "run", start=first.observer.progress, num_steps=4)
+    second.trainer.mismatches = {2: 0.2}
+    records = second.run()
+    assert [record["alerts/active"] for record in records[1:]] == [0, 1, 1, 0]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "alerts.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["begins"]) for line in lines] == [(2, True), (4, False)]
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())

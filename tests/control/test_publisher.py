@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -133,6 +133,31 @@ def test_every_engine_is_pushed_to_at_once_and_serves_when_its_canary_agrees():
     assert report.canary_abs_max == pytest.approx(0.3)
     assert report.canary_variance == pytest.approx((0.1**2 + 0.3**2) / 2)  # of as many tokens on each
     assert report.time_s["paused"] == 1.0 and "publish" in report.time_s
+
+
+def test_the_canary_is_told_over_the_tokens_and_experts_of_all_engines():
+    pub = publisher(Engine("a", gap=0.1), Engine("b", gap=-0.3))
+    source, fleet = parts(pub)
+    ours = np.array([[[0, 1]], [[2, 3]], [[0, 3]]], np.uint8)  # of 3 processed tokens, 1 layer, 2 experts
+    theirs = {"a": ours[:, :, ::-1], "b": np.array([[[0, 1]], [[2, 1]], [[0, 3]]], np.uint8)}
+    score, score_on = source.score, fleet.score_on
+
+    async def score_with_experts(sequences):
+        return [replace(one, experts=ours) for one in await score(sequences)]
+
+    async def score_on_with_experts(name, sequences):
+        return tuple(replace(one, experts=theirs[name]) for one in await score_on(name, sequences))
+
+    source.score, fleet.score_on = score_with_experts, score_on_with_experts  # type: ignore[method-assign]
+    report = asyncio.run(pub.publish(0))
+    assert report.canary_expert_mismatch == pytest.approx(1 / 6)  # their order means nothing
+    assert report.canary_abs_mean == pytest.approx(0.2)
+    d = np.array([-0.1, 0.3])
+    assert report.canary_k3_nats == pytest.approx((np.exp(d) - 1 - d).mean(), rel=1e-5)
+
+
+def test_a_canary_without_experts_compares_none():
+    assert asyncio.run(publisher(Engine("a")).publish(0)).canary_expert_mismatch is None
 
 
 def test_an_engine_that_has_the_version_already_is_left_alone():

@@ -73,9 +73,7 @@ def encode(experts_RLK: NDArray[np.integer[Any]], num_experts: int, *, ordered: 
         raise RunError(
             f"experts = {experts.dtype} {list(experts.shape)}: expected whole numbers [rows, layers, experts]"
         )
-    missing = (experts < 0).any((1, 2)) if experts.size and experts.min() < 0 else None
-    if missing is not None:
-        experts = np.where(missing[:, None, None], 0, experts)
+    experts, missing = without_sentinels(experts)
     header = Header(
         num_rows=experts.shape[0],
         num_layers=experts.shape[1],
@@ -162,6 +160,14 @@ def narrow(experts: NDArray[np.integer[Any]], num_experts: int) -> Experts:
     if experts.size and not (experts.min() >= 0 and experts.max() < num_experts):
         raise RunError(f"expert ids {experts.min()}..{experts.max()}: expected 0..{num_experts - 1}")
     return np.ascontiguousarray(experts, narrowest(num_experts))
+
+
+def without_sentinels(experts_RLK: NDArray[np.integer[Any]]) -> tuple[NDArray[np.integer[Any]], Mask | None]:
+    """The same with zeros in rows that hold a negative id, and [R] which rows those are; None where there are none."""
+    if not experts_RLK.size or experts_RLK.min() >= 0:
+        return experts_RLK, None
+    missing: Mask = np.any(experts_RLK < 0, axis=(1, 2))
+    return np.where(missing[:, None, None], 0, experts_RLK), missing
 
 
 def from_base64(text: str, num_layers: int, topk: int) -> NDArray[np.int32]:

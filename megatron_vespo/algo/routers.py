@@ -142,9 +142,9 @@ class RouterGap:
             flips=np.bincount(flip_RL.sum(-1), minlength=num_layers + 1),
             first_flip=np.bincount(first, minlength=num_layers + 1),
             both_flip=(flip_RL[:, 1:] & flip_RL[:, :-1]).sum(0),
-            load_LE=_loads(experts_RLK, num_experts),
-            reference_load_LE=_loads(reference_RLK, num_experts),
-            kept_LE=_loads(experts_RLK, num_experts, _is_in(experts_RLK, reference)),
+            load_LE=load_counts(experts_RLK, num_experts),
+            reference_load_LE=load_counts(reference_RLK, num_experts),
+            kept_LE=load_counts(experts_RLK, num_experts, _is_in(experts_RLK, reference)),
         )
 
     def __add__(self, other: RouterGap) -> RouterGap:
@@ -422,7 +422,7 @@ def blame(experts_SLK: Experts, gap_S: Doubles, num_experts: int) -> Blame:
     size, square = np.abs(gap_S), np.square(gap_S)
     rank = np.searchsorted(np.sort(size), size, "left") + np.searchsorted(np.sort(size), size, "right")
     score = rank / (2 * max(len(size), 1)) - 0.5  # ties get their mean rank
-    num = _loads(experts_SLK, num_experts)
+    num = load_counts(experts_SLK, num_experts)
     square_sum, score_sum = (_weighted_loads(experts_SLK, num_experts, x) for x in (square, score))
     others = len(size) - num
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -459,7 +459,7 @@ def selection_loss(
     }
 
 
-def _loads(experts_RLK: Experts, num_experts: int, counted_RLK: Mask | None = None) -> Counts:
+def load_counts(experts_RLK: Experts, num_experts: int, counted_RLK: Mask | None = None) -> Counts:
     """[L, E] rows that hold the expert, where `counted`."""
     valid = (experts_RLK >= 0) & (experts_RLK < num_experts)
     if counted_RLK is not None:

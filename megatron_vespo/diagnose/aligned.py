@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_vespo.algo.routers import Bits, RouterGap, bitsets, common
+from megatron_vespo.algo.routers import Bits, RouterGap, bitsets, common, load_counts
 from megatron_vespo.evidence import Evidence
 from megatron_vespo.types import Doubles, Experts, Floats, Ints, Mask
 
@@ -190,14 +190,21 @@ class Aligned:
     def _bits(self) -> dict[str, Bits]:
         return {}
 
-    def flips(self, choices: Choices) -> Mask:
+    def overlap(self, first: str, second: str) -> Doubles:
         """[R, L] of all rows, whether or not their weights fit."""
-        return self.overlap(choices) < 1
+        return common(self.bits(first), self.bits(second)) / self.experts[first].shape[-1]
 
-    def overlap(self, choices: Choices) -> Doubles:
+    def flips(self, first: str, second: str) -> Mask:
         """[R, L] of all rows."""
-        top_k = self.experts[choices.first].shape[-1]
-        return common(self.bits(choices.first), self.bits(choices.second)) / top_k
+        return self.overlap(first, second) < 1
+
+    def chance(self, first: str, second: str) -> float:
+        """Overlap that columns with these loads would have if they had nothing to do with each other."""
+        loads = [
+            load_counts(self.experts[name], self.num_experts) / len(self.sequence_R)
+            for name in (first, second)
+        ]
+        return float((loads[0] * loads[1]).sum(1).mean() / self.experts[first].shape[-1])
 
 
 def _places(num_N: Ints) -> Ints:

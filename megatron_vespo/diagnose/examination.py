@@ -165,7 +165,7 @@ def examine(evidence: Evidence) -> Examination:
     if choices is not None:
         found.add("router", *router(aligned, choices))
         found.add("router", {}, {"intervals": router_intervals(aligned, choices)})
-    found.add("structure", *structure(aligned, choices))
+    found.add("structure", *structure(aligned))
     if "total" in pairs:
         found.add("total", {}, {"version_gaps": version_gaps(aligned, pairs["total"])})
     if "mismatch" in pairs:
@@ -176,15 +176,14 @@ def examine(evidence: Evidence) -> Examination:
 def _add_mismatch(found: _Collected, aligned: Aligned, pair: Pair) -> None:
     """Where the engine mismatch is."""
     choices = aligned.router_pair
-    flips = None if choices is None else aligned.flips(choices)
+    flips = None if choices is None else aligned.flips(choices.first, choices.second)
     found.add("mismatch", {}, conditioned(aligned, pair))
     found.add(
         "mismatch",
         {},
         {"sequences": worst_sequences(aligned, pair), "extreme": worst_tokens(aligned, pair, flips)},
     )
-    if choices is not None:
-        found.add("router", *errors(aligned, choices, pair))
+    found.add("router", *errors(aligned, pair))
 
 
 @dataclass(frozen=True)

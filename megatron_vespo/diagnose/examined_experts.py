@@ -48,7 +48,7 @@ _NUM_EXPERTS = 32
 
 def router(aligned: Aligned, choices: Choices) -> tuple[dict[str, float], dict[str, list[Row]], Arrays]:
     """Metrics (without prefix), tables and arrays of the router pair."""
-    flip_RL, rows = aligned.flips(choices), choices.rows
+    flip_RL, rows = aligned.flips(choices.first, choices.second), choices.rows
     gap = aligned.gap(choices)
     layers = gap.layers()
     metrics = gap.statistics() | _by_place(aligned, flip_RL, rows) | _between_columns(aligned, layers)
@@ -68,61 +68,55 @@ def router(aligned: Aligned, choices: Choices) -> tuple[dict[str, float], dict[s
     return metrics, tables, arrays | _places(aligned, choices, flip_RL)
 
 
-def errors(
-    aligned: Aligned, choices: Choices, pair: Pair
-) -> tuple[dict[str, float], dict[str, list[Row]], Arrays]:
-    """How the error of log-probs hangs on flips, and on single experts."""
+def errors(aligned: Aligned, pair: Pair) -> tuple[dict[str, float], dict[str, list[Row]], Arrays]:
+    """How the error of log-probs hangs on flips, and on single experts of the engine."""
+    choices = aligned.router_pair
+    column = choices.second if choices else "engine" if "engine" in aligned.experts else "behavior"
     usable = pair.chosen & (aligned.row_S >= 0) & np.isfinite(pair.first) & np.isfinite(pair.second)
-    usable[usable] = choices.rows[aligned.row_S[usable]]
-    if not usable.any():
+    usable &= (column == "engine") | ~aligned.is_stale_S
+    if column not in aligned.experts or not usable.any():
         return {}, {}, {}
     row = aligned.row_S[usable]
     d = pair.first[usable].astype(np.float64) - pair.second[usable]
-    num_flips = aligned.flips(choices)[row].sum(1)
-    flipped, square = num_flips > 0, np.square(d)
-    metrics: dict[str, float | None] = {
-        "flip_k2_share": square[flipped].sum() / square.sum() if square.any() else None
-    }
-    if 0 < flipped.sum() < len(d):
-        excess = np.abs(d[flipped]).mean() - np.abs(d[~flipped]).mean()
-        metrics["flip_excess_nats"] = flipped.mean() * excess
-    blamed, table, arrays = _blamed(aligned, choices, row, d)
-    return finite_only(metrics) | blamed, {"dose": dose_table(num_flips, d), **table}, arrays
+    metrics, tables, arrays = _blamed(aligned, column, row, d)
+    if choices is not None:
+        num_flips = aligned.flips(choices.first, choices.second)[row].sum(1)
+        metrics |= _excess(num_flips > 0, d)
+        tables["dose"] = dose_table(num_flips, d)
+    return metrics, tables, arrays
 
 
-def structure(
-    aligned: Aligned, choices: Choices | None
-) -> tuple[dict[str, float], dict[str, list[Row]], Arrays]:
-    """Every structure test that the columns allow; tables["structure"] says for each whether it passed."""
+def _excess(flipped_S: Mask, d_S: Doubles) -> dict[str, float]:
+    """What tokens with a flip have more of."""
+    square = np.square(d_S)
+    found = {"flip_k2_share": float(square[flipped_S].sum() / square.sum())} if square.any() else {}
+    if 0 < flipped_S.sum() < len(d_S):
+        excess = np.abs(d_S[flipped_S]).mean() - np.abs(d_S[~flipped_S]).mean()
+        found["flip_excess_nats"] = float(flipped_S.mean() * excess)
+    return found
+
+
+def structure(aligned: Aligned) -> tuple[dict[str, float], dict[str, list[Row]], Arrays]:
+    """Every structure test that the columns allow; the table `structure` says for each whether it passed."""
     told = _Told()
-    rejected = [name for name, x in aligned.evidence.experts.items() if name not in aligned.experts]
+    rejected = [name for name in aligned.evidence.experts if name not in aligned.experts]
     if aligned.evidence.experts:
-        told.test(
-            "row_count_errors",
-            len(rejected),
-            ", ".join(rejected) or "all columns",
-            "one row for every token but the last",
-        )
+        wanted = "one row for every token but the last, of the same layers"
+        told.test("row_count_errors", len(rejected), ", ".join(rejected) or "all columns", wanted)
+    _test_log_probs(aligned, told)
     for name, experts in aligned.experts.items():
         for key, value in soundness(experts, aligned.num_experts).items():
             told.test(key, value, name)
-        other = (
-            aligned.experts.get(choices.second if name == choices.first else choices.first)
-            if choices
-            else None
-        )
+        other = next((x for key, x in aligned.experts.items() if key != name), None)
         told.test("constant_row_fraction", constant_fraction(experts, aligned.sequence_R, other), name)
-    arrays = _log_prob_shift(aligned, told)
-    tables: dict[str, list[Row]] = {}
-    if choices is not None:
-        more_tables, more_arrays = _places_of_rows(aligned, choices, told)
-        tables, arrays = more_tables, arrays | more_arrays
-    return told.metrics, {"structure": told.rows, **tables}, arrays
+    for first, second in _comparable(set(aligned.experts)):
+        _test_places(aligned, first, second, told)
+    return told.metrics, {"structure": told.rows, **told.tables}, told.arrays
 
 
 def router_intervals(aligned: Aligned, choices: Choices) -> list[Row]:
     """Of the mismatch, by drawing whole sequences."""
-    flip_RL, num = aligned.flips(choices), len(aligned.evidence.num_response)
+    flip_RL, num = aligned.flips(choices.first, choices.second), len(aligned.evidence.num_response)
     sequence = aligned.sequence_R[choices.rows]
     flips = np.bincount(sequence, flip_RL[choices.rows].mean(1), num)
     sums = np.stack([flips, np.bincount(sequence, minlength=num)], 1)
@@ -135,23 +129,45 @@ def router_intervals(aligned: Aligned, choices: Choices) -> list[Row]:
 
 
 class _Told:
-    """Results of structure tests as metrics and as rows; of several columns the worst counts."""
+    """Results of structure tests; of several columns the worst counts."""
 
     INFORMATION = ("sorted_fraction",)
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
         self.rows: list[Row] = []
+        self.tables: dict[str, list[Row]] = {}
+        self.arrays: Arrays = {}
 
-    def test(self, name: str, value: float | None, source: str, detail: str = "") -> None:
-        """Enter a result; 0 passes, None says that there was nothing to test."""
+    def test(self, name: str, value: float | None, source: str, detail: str = "") -> bool:
+        """Enter a result, and say whether it passed: 0 passes, None says that there was nothing to test."""
         if value is None:
-            return
+            return True
         value = float(value)
         if name not in self.metrics or abs(value) > abs(self.metrics[name]):
             self.metrics[name] = value
         passed = value == 0 or name in self.INFORMATION
         self.rows.append({"test": name, "source": source, "value": value, "passed": passed, "detail": detail})
+        return passed
+
+    def picture(self, name: str, array: NDArray[Any], passed: bool) -> None:
+        """Keep what a test saw: the first, unless a later one fails."""
+        if name not in self.arrays or not passed:
+            self.arrays[name] = array
+
+    def list(self, name: str, rows: list[Row]) -> None:
+        """Enter what a test found."""
+        if rows:
+            self.tables[name] = self.tables.get(name, []) + rows
+
+
+def _comparable(columns: set[str]) -> list[tuple[str, str]]:
+    """Pairs of columns that should belong to the same rows: the trainer's against each of the engine's."""
+    ours = "natural" if "natural" in columns else "shadow"
+    theirs = [name for name in ("engine", "behavior") if name in columns]
+    return (
+        [(ours, name) for name in theirs] if ours in columns else [("engine", "behavior")][: len(theirs) - 1]
+    )
 
 
 def _by_place(aligned: Aligned, flip_RL: Mask, rows: Mask) -> dict[str, float]:
@@ -202,7 +218,7 @@ def _between_columns(aligned: Aligned, layers: list[Row]) -> dict[str, float]:
     )
     for name, first, rows in pairs:
         if {first, "behavior"} <= set(aligned.experts) and rows.any():
-            flip_R = aligned.flips(Choices(first, "behavior", rows)).mean(1)
+            flip_R = aligned.flips(first, "behavior").mean(1)
             found[name] = float(flip_R[rows].mean())
             if name == "total_mismatch":
                 found |= _mismatch_by_gap(aligned, flip_R)
@@ -256,7 +272,9 @@ def _places(aligned: Aligned, choices: Choices, flip_RL: Mask) -> Arrays:
         "router/position_rows": num,
         "router/prompt_end_mismatch": by_offset,
         "router/prompt_end_offset": np.arange(_PROMPT_END[0], _PROMPT_END[1] + 1),
-        "router/overlap_layer_position": _means(group, aligned.overlap(choices)[rows], len(edges) - 1)[0].T,
+        "router/overlap_layer_position": _means(
+            group, aligned.overlap(choices.first, choices.second)[rows], len(edges) - 1
+        )[0].T,
         "router/position_edges": edges,
     }
 
@@ -271,11 +289,10 @@ def _means(
 
 
 def _blamed(
-    aligned: Aligned, choices: Choices, row_S: Ints, d_S: Doubles
+    aligned: Aligned, column: str, row_S: Ints, d_S: Doubles
 ) -> tuple[dict[str, float], dict[str, list[Row]], Arrays]:
-    """Error of the tokens that used an expert (of the engine) against that of the others."""
-    found = blame(aligned.experts[choices.second][row_S], d_S, aligned.num_experts)
-    gap = _router_gap(aligned, choices.first, choices.second, choices.rows)
+    """Error of the tokens that used an expert against that of the others."""
+    found = blame(aligned.experts[column][row_S], d_S, aligned.num_experts)
     known = (found.num >= _LEAST_TOKENS) & (len(d_S) - found.num >= _LEAST_TOKENS) & np.isfinite(found.ratio)
     ratio, z = np.where(known, found.ratio, np.nan), np.where(known, found.z, np.nan)
     arrays: Arrays = {"router/blame_ratio": ratio, "router/blame_z": z}
@@ -285,65 +302,72 @@ def _blamed(
     worst = [np.unravel_index(int(i), known.shape) for i in order[:_NUM_EXPERTS] if known.flat[i]]
     table = [
         {
-            "layer": int(at[0]), "expert": int(at[1]),
-            "num_tokens": int(found.num[at]), "blame_ratio": float(found.ratio[at]), "blame_z": float(found.z[at]),
-            "load": int(gap.load_LE[at]), "reference_load": int(gap.reference_load_LE[at]),
-            "gain": int(gap.load_LE[at] - gap.kept_LE[at]), "loss": int(gap.reference_load_LE[at] - gap.kept_LE[at]),
-            "bias": float(gap.bias_LE[at]),
+            "layer": int(at[0]),
+            "expert": int(at[1]),
+            "num_tokens": int(found.num[at]),
+            "blame_ratio": float(ratio[at]),
+            "blame_z": float(z[at]),
+            **_balance(aligned.router_gap, at),
         }
         for at in worst
-    ]  # fmt: skip
+    ]
     metrics = {
-        "blame_ratio_max": float(np.nanmax(ratio)), "blame_z_max": float(np.nanmax(z)),
-        "blame_layer": float(worst[0][0]), "blame_expert": float(worst[0][1]), "blame_ratio": float(found.ratio[worst[0]]),
-    }  # fmt: skip
+        "blame_ratio_max": float(np.nanmax(ratio)),
+        "blame_z_max": float(np.nanmax(z)),
+        "blame_layer": float(worst[0][0]),
+        "blame_expert": float(worst[0][1]),
+        "blame_ratio": float(ratio[worst[0]]),
+    }
     return metrics, {"experts": table}, arrays
 
 
-def _log_prob_shift(aligned: Aligned, told: _Told) -> Arrays:
+def _balance(gap: RouterGap | None, at: tuple[np.intp, ...]) -> Row:
+    """How often the trainer chose one expert, and how often the engine did."""
+    if gap is None:
+        return {}
+    load, reference, kept = int(gap.load_LE[at]), int(gap.reference_load_LE[at]), int(gap.kept_LE[at])
+    return {
+        "load": load, "reference_load": reference, "gain": load - kept, "loss": reference - kept,
+        "bias": float(gap.bias_LE[at]),
+    }  # fmt: skip
+
+
+def _test_log_probs(aligned: Aligned, told: _Told) -> None:
+    """Whether both log-probs belong to the same token."""
     e = aligned.evidence
     found = shift_correlation(e.policy_logp, e.behavior_logp, aligned.sequence_S, e.is_sampled)
-    told.test(
-        "logp_shift", best_shift(found, int(e.is_sampled.sum())), "policy against behavior", _by_shift(found)
-    )
-    return {} if np.isnan(found).all() else {"structure/logp_shift": found}
+    shift = best_shift(found, int(e.is_sampled.sum()))
+    if shift is not None:
+        passed = told.test("logp_shift", shift, "policy against behavior", _by_shift(found))
+        told.picture("structure/logp_shift", found, passed)
 
 
-def _places_of_rows(aligned: Aligned, choices: Choices, told: _Told) -> tuple[dict[str, list[Row]], Arrays]:
-    """Token, layer, expert and sequence that rows belong to."""
-    first, second, rows = choices
-    source, sequence = f"{first} against {second}", aligned.sequence_R[rows]
-    bits, reference = aligned.bits(first)[rows], aligned.bits(second)[rows]
-    top_k = aligned.experts[first].shape[-1]
+def _test_places(aligned: Aligned, first: str, second: str, told: _Told) -> None:
+    """Token, layer, expert and sequence that the rows of two columns belong to, whatever their weights."""
+    source, sequence = f"{first} against {second}", aligned.sequence_R
+    bits, reference = aligned.bits(first), aligned.bits(second)
+    top_k, num_experts = aligned.experts[first].shape[-1], aligned.num_experts
     shifts = shift_overlap(bits, reference, sequence, top_k)
-    told.test("token_shift", best_shift(shifts, bits.shape[0] * bits.shape[1]), source, _by_shift(shifts))
+    passed = told.test(
+        "token_shift", best_shift(shifts, bits.shape[0] * bits.shape[1]), source, _by_shift(shifts)
+    )
+    told.picture("structure/token_shift", shifts, passed)
     mapped = layer_map(bits, reference, top_k)
     share, offset = misplaced_layers(mapped)
-    told.test("layer_shift_fraction", share, source)
     told.test("layer_offset", offset, source)
-    renamed = renamed_experts(
-        aligned.experts[first][rows], aligned.experts[second][rows], aligned.num_experts
-    )
+    told.picture("structure/layer_shift", mapped, told.test("layer_shift_fraction", share, source))
+    renamed = renamed_experts(aligned.experts[first], aligned.experts[second], num_experts)
     told.test("permuted_experts", len(renamed), source)
-    gap = _router_gap(aligned, first, second, rows).statistics()
-    overlap_R = aligned.overlap(choices)[rows].mean(1)
-    spans = garbage_spans(overlap_R, sequence, gap["chance"])
+    told.list("permutation", [{"source": source, **x._asdict()} for x in renamed])
+    chance = aligned.chance(first, second)
+    overlap_R = aligned.overlap(first, second).mean(1)
+    spans = garbage_spans(overlap_R, sequence, chance)
     told.test("garbage_row_fraction", sum(span.length for span in spans) / len(overlap_R), source)
     told.test("garbage_sequences", len({span.sequence for span in spans}), source)
-    wrong = mispaired(
-        bits, reference, sequence, ~aligned.is_prompt_R[rows], top_k=top_k, chance=gap["chance"]
-    )
-    told.test(
-        "mispaired_sequences",
-        len(wrong),
-        source,
-        "; ".join(f"{x.sequence} has the rows of {x.found_in}" for x in wrong[:8]),
-    )
-    tables = {"garbage": [span._asdict() for span in spans], "permutation": [x._asdict() for x in renamed]}
-    return {name: found for name, found in tables.items() if found}, {
-        "structure/token_shift": shifts,
-        "structure/layer_shift": mapped,
-    }
+    told.list("garbage", [{"source": source, **span._asdict()} for span in spans])
+    wrong = mispaired(bits, reference, sequence, ~aligned.is_prompt_R, top_k=top_k, chance=chance)
+    detail = "; ".join(f"{x.sequence} has the rows of {x.found_in}" for x in wrong[:8])
+    told.test("mispaired_sequences", len(wrong), source, detail)
 
 
 def _by_shift(agreement_5: Doubles) -> str:

@@ -34,6 +34,8 @@ Z = 5.0
 """Standard errors that make a difference significant, with room for the many comparisons of one diagnosis."""
 _SYSTEMATIC = 0.25
 """Share of a gap that is a function of the token alone: of rounding next to nothing, of other weights a third and more."""
+_SEQUENCES = 16
+"""Whose tokens must use an expert, and whose must not, before it can be blamed."""
 _BLAME = math.log(3)
 """Log ratio of squared gaps that makes an expert suspicious; chance and token types stay below two."""
 
@@ -137,9 +139,9 @@ def diagnose(evidence: Evidence, examination: Examination) -> list[Cause]:
     case = _Case(
         evidence=evidence, examination=examination, tokens=tokens_of(evidence), rows=rows_of(evidence)
     )
-    record = _found(case, _RECORD)
-    if any(cause.name == "logp_shift" for cause in record):
-        return record[:1]
+    if shift := _logp_shift(case):
+        return [shift]
+    record = sorted(_found(case, _RECORD), key=lambda cause: -cause.strength)[:1]
     explanation = (_found(case, _SEMANTICS) or _found(case, _WEIGHTS))[:1]
     return record + explanation or sorted(_found(case, _BENIGN), key=lambda cause: -cause.strength)
 
@@ -165,7 +167,7 @@ def _logp_shift(case: _Case) -> Cause | None:
     shift = case.metric("structure/logp_shift")
     if not shift or math.isnan(shift):
         return None
-    fit = case.examination.arrays["router/logp_shift"]
+    fit = case.examination.arrays["structure/logp_shift"]
     best, unshifted = float(fit[int(shift) + 2]), float(fit[2])
     return _cause(
         "logp_shift",
@@ -179,7 +181,7 @@ def _row_shift(case: _Case) -> Cause | None:
     shift = case.metric("structure/token_shift")
     if not shift or math.isnan(shift):
         return None
-    fit = case.examination.arrays["router/token_shift"]
+    fit = case.examination.arrays["structure/token_shift"]
     best, unshifted = float(fit[int(shift) + 2]), float(fit[2])
     return _cause(
         "row_shift",
@@ -193,11 +195,12 @@ def _layer_offset(case: _Case) -> Cause | None:
     offset = case.metric("structure/layer_offset")
     if not offset or math.isnan(offset):
         return None
-    share = case.metric("structure/layer_shift_fraction")
+    overlap = case.examination.arrays["structure/layer_shift"]
+    moved, own = float(np.diagonal(overlap, int(offset)).mean()), float(np.diagonal(overlap).mean())
     return _cause(
         "layer_offset",
-        share,
-        f"layer l of the engine agrees best with layer l{offset:+.0f} of the trainer, in {share:.0%} of the layers",
+        moved,
+        f"layer l of one engine agrees with layer l{offset:+.0f} of the other ({moved:.1%} of the experts), with its own in {own:.1%}",
     )
 
 
@@ -222,10 +225,11 @@ def _other_sample(case: _Case) -> Cause | None:
     if not num > 0:
         return None
     of = case.metric("data/num_routed_sequences")
+    some = "; ".join(row["detail"] for row in case.failed("mispaired_sequences"))
     return _cause(
         "other_sample",
         num / of,
-        f"the expert rows of {num:.0f} of {of:.0f} sequences fit another sequence better than their own",
+        f"the expert rows of {num:.0f} of {of:.0f} sequences fit another sequence better than their own ({some})",
     )
 
 
@@ -482,9 +486,11 @@ def _one_expert(case: _Case, gap: Doubles) -> Cause | None:
     layer, expert = first.layer, first.expert
     others = ~(experts[:, layer] == expert).any(-1)
     second = _worst_expert(experts[others], y[others], tokens.sequence[known][others], layer=layer)
-    times = f"tokens that use expert {{}} of layer {layer} have {{:.1f}} times the squared gap of others"
-    text = times.format(expert, math.exp(first.effect)) + f" ({first.significance:.0f} standard errors)"
+    text = f"tokens that use expert {expert} of layer {layer} have {math.exp(first.effect):.1f} times the squared gap of others"
+    text += f" ({first.significance:.0f} standard errors)"
     strength = _explained(experts[:, layer] == expert, np.square(gap[known]))
+    if strength < 0.1:
+        return None
     if second and second.effect > max(_BLAME, first.effect / 2) and second.significance > Z:
         text += f", without it those of expert {second.expert} {math.exp(second.effect):.1f} times: the two may be swapped"
         both = (experts[:, layer] == expert) | (experts[:, layer] == second.expert)
@@ -507,7 +513,7 @@ def _worst_expert(experts: Experts, y: Doubles, sequence: Ints, layer: int | Non
     for level in range(experts.shape[1]) if layer is None else (layer,):
         for expert in np.unique(experts[:, level]):
             uses = (experts[:, level] == expert).any(-1)
-            if min(uses.sum(), (~uses).sum()) < 30:
+            if min(len(np.unique(sequence[uses])), len(np.unique(sequence[~uses]))) < _SEQUENCES:
                 continue
             ours, theirs = y[uses].mean(), y[~uses].mean()
             rest = (uses - uses.mean()) * (y - np.where(uses, ours, theirs))

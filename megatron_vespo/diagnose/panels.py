@@ -1,17 +1,12 @@
 """The plots of a report: each panel is one question, answered from a run's history.
 
-A panel that lacks its data raises `Missing`; the report prints the reason in its place.  Colours are the
-Okabe-Ito set, which colour-blind readers can tell apart.
+A panel that lacks its data raises `Missing`; the report prints the reason in its place.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,60 +15,13 @@ from pydantic import ValidationError
 
 from megatron_vespo.config import AlgorithmConfig
 from megatron_vespo.diagnose.history import History, SequenceTable
+from megatron_vespo.diagnose.page import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Missing, Panel
 from megatron_vespo.metrics import PHASES
 from megatron_vespo.types import Doubles
 
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#9AA0A6",
-)  # fmt: skip
 PHASE_COLORS: dict[str, str] = dict(zip(PHASES, (GREY, BLUE, ORANGE, GREEN, PURPLE, SKY), strict=True))
 _POINTS = 4000
 """Of a scatter plot; more only make it black."""
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#80868b",
-    "axes.grid": True,
-    "grid.color": "#e8eaed",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "svg.hashsalt": "megatron_vespo",
-}
-
-
-class Missing(Exception):
-    """The run has no data for this panel."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A question, how to read the answer, and the function that draws it."""
-
-    title: str
-    caption: str
-    draw: Callable[[Figure, History], None]
-
-
-def render(panel: Panel, history: History) -> bytes:
-    """The panel as SVG.
-
-    Raises:
-        Missing: the run has no data for it.
-    """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.2, 3.3), layout="constrained")
-        panel.draw(figure, history)
-        for axes in figure.axes:
-            if axes.get_xlabel() == "step":
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        out = io.BytesIO()
-        figure.savefig(out, format="svg", metadata={"Date": None}, dpi=160)
-    return out.getvalue()
 
 
 # Reward
@@ -499,7 +447,7 @@ def _trailing_mean(values: Doubles, window: int) -> Doubles:
     return (sums[last] - sums[first]) / (last - first)
 
 
-RL_SECTIONS: dict[str, tuple[Panel, ...]] = {
+RL_SECTIONS: dict[str, tuple[Panel[History], ...]] = {
     "Reward": (
         Panel("Reward by step", "Train: the step's own rollouts. Held-out: prompts never trained on.", _reward_by_step),
         Panel("Reward by time", "The same against the wall clock; a resumed run includes its pause.", _reward_by_minutes),
@@ -531,7 +479,7 @@ RL_SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
 }  # fmt: skip
 
-SFT_SECTIONS: dict[str, tuple[Panel, ...]] = {
+SFT_SECTIONS: dict[str, tuple[Panel[History], ...]] = {
     "Training": (
         Panel("Loss", "Mean negative log-prob of the demonstrations' assistant tokens.", _loss),
         Panel(

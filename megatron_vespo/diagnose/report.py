@@ -6,7 +6,6 @@ is going, after a crash, and on another machine.
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import Sequence
 from html import escape
@@ -19,7 +18,8 @@ import pyarrow.parquet as pq
 
 from megatron_vespo.config import LayoutConfig
 from megatron_vespo.diagnose.history import History, read_history
-from megatron_vespo.diagnose.panels import PHASE_COLORS, RL_SECTIONS, SFT_SECTIONS, Missing, Panel, render
+from megatron_vespo.diagnose.page import facts_list, missing, page, section, table, verdict_list
+from megatron_vespo.diagnose.panels import PHASE_COLORS, RL_SECTIONS, SFT_SECTIONS
 from megatron_vespo.diagnose.verdicts import judge
 from megatron_vespo.metrics import PHASES, si
 from megatron_vespo.rundir import step_of, write_atomically
@@ -40,14 +40,12 @@ def write_report(run_dir: Path) -> Path:
         _header(history),
         _tiles(key_figures(history)),
         _verdicts(history),
-        *(_section(title, panels, history) for title, panels in sections.items()),
+        *(section(title, panels, history) for title, panels in sections.items()),
         _time_table(history),
         _samples(history),
-        _footer(history),
     ]
-    page = f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(_name(history))}</title><style>{_CSS}</style></head>\n<body>{''.join(body)}</body></html>\n"
     file = run_dir / "report.html"
-    write_atomically(file, page.encode())
+    write_atomically(file, page(_name(history), body, _footer(history)))
     return file
 
 
@@ -129,10 +127,9 @@ def _header(history: History) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in history.versions.items())
         or "not recorded",
     }
-    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     return (
         f"<header><h1>{escape(_name(history))}<span class='state {state}'>{history.state}, "
-        f"step {history.last_step} of {history.num_steps}</span></h1><dl>{items}</dl></header>"
+        f"step {history.last_step} of {history.num_steps}</span></h1>{facts_list(facts)}</header>"
     )
 
 
@@ -160,25 +157,8 @@ def _tiles(figures: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _verdicts(history: History) -> str:
-    items = "".join(
-        f"<li class='{verdict.level}'><b>{verdict.level}</b>{escape(verdict.text)}</li>"
-        for verdict in judge(history)
-    )
-    return f"<section><h2>Verdicts</h2><ul class='verdicts'>{items}</ul></section>" if items else ""
-
-
-def _section(title: str, panels: Sequence[Panel], history: History) -> str:
-    figures = "".join(_panel(panel, history) for panel in panels)
-    return f"<section><h2>{escape(title)}</h2><div class='grid'>{figures}</div></section>"
-
-
-def _panel(panel: Panel, history: History) -> str:
-    try:
-        image = base64.b64encode(render(panel, history)).decode()
-        content = f"<img alt='{escape(panel.title)}' src='data:image/svg+xml;base64,{image}'>"
-    except Missing as reason:
-        content = f"<p class='missing'>Not available: {escape(str(reason))}.</p>"
-    return f"<figure><figcaption><b>{escape(panel.title)}</b>{escape(panel.caption)}</figcaption>{content}</figure>"
+    found = verdict_list((verdict.level, verdict.level, escape(verdict.text)) for verdict in judge(history))
+    return f"<section><h2>Verdicts</h2>{found}</section>" if found else ""
 
 
 def _time_table(history: History) -> str:
@@ -189,18 +169,20 @@ def _time_table(history: History) -> str:
         if seconds.any():
             share = seconds.sum() / total.sum() if total.sum() else 0.0
             bar = f"<div class='bar' style='width:{min(100, 100 * share):.1f}%;background:{PHASE_COLORS[phase]}'></div>"
-            cells = f"<td>{phase}</td><td>{len(seconds)}</td><td>{seconds.mean():.2f} s</td><td>{seconds.max():.2f} s</td><td>{_duration(seconds.sum())}</td><td>{share:.1%}</td>"
-            rows.append(f"<tr>{cells}<td class='wide'>{bar}</td></tr>")
+            rows.append((
+                phase, str(len(seconds)), f"{seconds.mean():.2f} s", f"{seconds.max():.2f} s", _duration(seconds.sum()),
+                f"{share:.1%}", bar,
+            ))  # fmt: skip
     if not rows:
         return ""
-    head = "<tr><th>phase</th><th>times</th><th>mean</th><th>longest</th><th>sum</th><th>of step time</th><th></th></tr>"
-    return f"<section class='card'><h3>Time by phase</h3><table class='numbers'>{head}{''.join(rows)}</table></section>"
+    head = ("phase", "times", "mean", "longest", "sum", "of step time", "")
+    return f"<section class='card'><h3>Time by phase</h3>{table(head, rows)}</section>"
 
 
 def _samples(history: History) -> str:
     if not history.rollout_files:
         return (
-            "<section><h2>Samples</h2><p class='missing'>Not available: there are no rollout files.</p></section>"
+            f"<section><h2>Samples</h2>{missing('there are no rollout files')}</section>"
             if history.is_rl
             else ""
         )
@@ -228,14 +210,16 @@ def _sample_table(file: Path) -> str:
         "finish_reason",
     ]
     rows = _best_and_worst(pq.read_table(file, columns=columns), num_prompts=3)
-    head = "<tr><th>prompt</th><th>answer</th><th>response</th><th>end</th><th>reward</th><th>advantage</th><th>staleness</th><th>phi</th></tr>"
-    body = "".join(
-        f"<tr><td>{_text(row['prompt_text'])}</td><td>{_text(row['answer'])}</td><td>{_text(row['response_text'])}</td>"
-        f"<td>{escape(row['finish_reason'])}</td><td>{row['reward']:.2f}</td><td>{row['advantage']:+.2f}</td>"
-        f"<td>{row['train_version'] - np.mean(row['versions']):.1f}</td><td>{_weight(row['coefficient'])}</td></tr>"
+    cells = (
+        (
+            _text(row["prompt_text"]), _text(row["answer"]), _text(row["response_text"]), escape(row["finish_reason"]),
+            f"{row['reward']:.2f}", f"{row['advantage']:+.2f}", f"{row['train_version'] - np.mean(row['versions']):.1f}",
+            _weight(row["coefficient"]),
+        )
         for row in rows
-    )
-    return f"<table class='samples'>{head}{body}</table>"
+    )  # fmt: skip
+    head = ("prompt", "answer", "response", "end", "reward", "advantage", "staleness", "phi")
+    return table(head, cells, "samples")
 
 
 def _best_and_worst(table: pa.Table, num_prompts: int) -> list[dict[str, Any]]:
@@ -258,11 +242,8 @@ def _text(text: str) -> str:
 def _footer(history: History) -> str:
     partly = ""
     if history.files_read < len(history.rollout_files):
-        partly = f" Sequence panels are drawn from {history.files_read} of {len(history.rollout_files)} rollout files."
-    written = time.strftime("%Y-%m-%d %H:%M:%S")
-    return (
-        f"<footer>megatron_vespo report of {escape(str(history.path))}, written {written}.{partly}</footer>"
-    )
+        partly = f" (sequence panels: {history.files_read} of {len(history.rollout_files)} rollout files)"
+    return f"megatron_vespo report of {history.path}{partly}"
 
 
 def _duration(seconds: float) -> str:
@@ -275,49 +256,3 @@ def _duration(seconds: float) -> str:
         if minutes
         else f"{seconds:.1f} s"
     )
-
-
-_CSS = """
-:root { --ink: #202124; --soft: #5f6368; --line: #e3e5e8; --good: #009e73; --watch: #b97d00; --bad: #d55e00; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1280px; padding: 28px 32px; color: var(--ink); background: #f7f8f9;
-  font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif; }
-h1 { font-size: 26px; margin: 0 0 14px; display: flex; align-items: center; gap: 14px; flex-wrap: wrap; }
-h2 { font-size: 18px; margin: 30px 0 10px; }
-h3 { font-size: 14px; margin: 16px 0 6px; }
-.card h2, .card > h3:first-child { margin-top: 0; }
-header, .card, figure, .tile, .verdicts { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
-header, .card { padding: 18px 22px; }
-.card { margin-top: 16px; overflow-x: auto; }
-.state { font-size: 13px; font-weight: 600; padding: 3px 12px; border-radius: 20px; color: #fff; }
-.state.good { background: var(--good); } .state.watch { background: var(--watch); } .state.bad { background: var(--bad); }
-dl { margin: 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 8px 28px; }
-dl div:last-child { grid-column: 1 / -1; }
-dt, .label, .remark, .hint, figcaption, footer { color: var(--soft); font-size: 12px; }
-dd { margin: 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 12px; margin-top: 16px; }
-.tile { padding: 12px 16px; }
-.tile:first-child { grid-column: span 2; }
-.value { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.verdicts { list-style: none; margin: 0; padding: 8px 22px; }
-.verdicts li { padding: 6px 0 6px 14px; border-left: 4px solid; margin: 6px 0; }
-.verdicts b { display: inline-block; width: 60px; font-size: 12px; }
-.verdicts .good { border-color: var(--good); } .verdicts .good b { color: var(--good); }
-.verdicts .watch { border-color: var(--watch); } .verdicts .watch b { color: var(--watch); }
-.verdicts .bad { border-color: var(--bad); } .verdicts .bad b { color: var(--bad); }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 16px; }
-figure { margin: 0; padding: 14px 16px; }
-figure img { width: 100%; display: block; margin-top: 6px; }
-figcaption b { display: block; color: var(--ink); font-size: 14px; }
-.missing { color: var(--soft); font-style: italic; }
-table { border-collapse: collapse; width: 100%; }
-th { text-align: left; font-size: 12px; color: var(--soft); font-weight: 600; }
-th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-.numbers td { font-variant-numeric: tabular-nums; white-space: nowrap; vertical-align: middle; }
-.numbers .wide { width: 40%; } .bar { height: 12px; border-radius: 3px; min-width: 1px; }
-.samples td { font-variant-numeric: tabular-nums; }
-pre { margin: 0; font: 12px/1.4 ui-monospace, "Liberation Mono", monospace; white-space: pre-wrap; word-break: break-word;
-  max-height: 190px; overflow-y: auto; min-width: 60px; }
-footer { margin-top: 28px; }
-@media print { body { background: #fff; } figure, .card { break-inside: avoid; } }
-"""

@@ -26,7 +26,7 @@ MAY_IMPORT = {
         "routes",
         "config",
         "types",
-    },  # fmt: skip
+    },
     "diagnose": {"algo", "metrics", "rundir", "evidence", "routes", "config", "types"},
     "trainer": {"algo", "config", "types"},
     "rollout": {"routes", "config", "types"},

@@ -17,13 +17,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_vespo.config import LayoutConfig
+from megatron_vespo.diagnose.doctor import judge as judge_evidence
+from megatron_vespo.diagnose.doctor_page import verdict_section
 from megatron_vespo.diagnose.history import History, read_history
+from megatron_vespo.diagnose.instrument_panels import ESSENTIAL
 from megatron_vespo.diagnose.page import facts_list, missing, page, section, table, verdict_list
 from megatron_vespo.diagnose.panels import PHASE_COLORS, RL_SECTIONS, SFT_SECTIONS
 from megatron_vespo.diagnose.verdicts import judge
+from megatron_vespo.evidence import read_evidence
 from megatron_vespo.metrics import PHASES, si
 from megatron_vespo.rundir import step_of, write_atomically
+from megatron_vespo.types import RunError
 
+_EXAMINED_TOKENS = 200_000
+"""Of all evidence files; more change no verdict."""
 _SHOWN_CHARACTERS = 1500
 """Of a prompt or response in the samples table."""
 
@@ -41,12 +48,27 @@ def write_report(run_dir: Path) -> Path:
         _tiles(key_figures(history)),
         _verdicts(history),
         *(section(title, panels, history) for title, panels in sections.items()),
+        _instruments(run_dir),
         _time_table(history),
         _samples(history),
     ]
     file = run_dir / "report.html"
     write_atomically(file, page(_name(history), body, _footer(history)))
     return file
+
+
+def _instruments(run_dir: Path) -> str:
+    """What the doctor says of the examined batches of the run, all together; nothing where none was examined."""
+    if not any((run_dir / "evidence").glob("*.parquet")):
+        return ""
+    try:
+        diagnosis = judge_evidence(read_evidence(run_dir, kind="evidence", limit=_EXAMINED_TOKENS))
+    except RunError as err:  # the rest of the report is worth having
+        return f"<section><h2>Instruments</h2>{missing(str(err))}</section>"
+    panels = section(
+        "Instruments: trainer against engine on examined batches", ESSENTIAL, diagnosis.examination
+    )
+    return verdict_section(diagnosis) + panels
 
 
 def key_figures(history: History) -> list[tuple[str, str, str]]:

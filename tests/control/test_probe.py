@@ -73,7 +73,9 @@ def test_the_same_weights_are_healthy(sglang_server, served_model, prompts, tmp_
     assert np.abs(evidence.engine_logp - evidence.behavior_logp).max() < 1e-4
     assert np.abs(evidence.replayed_logp - evidence.natural_logp).max() < 1e-4
     for who in ("engine", "natural", "shadow"):
-        assert (np.sort(evidence.experts[who], -1) == np.sort(evidence.experts["behavior"], -1)).mean() > 0.999
+        assert (
+            np.sort(evidence.experts[who], -1) == np.sort(evidence.experts["behavior"], -1)
+        ).mean() > 0.999
     assert evidence.margin.min() >= 0
 
 

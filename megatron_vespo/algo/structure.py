@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from megatron_vespo.algo.routers import Bits, bitsets, common
@@ -22,6 +23,8 @@ _CLEAR = 0.05
 """By how much another place must be better than the right one, in overlap or correlation."""
 _RUN = 8
 """Rows in a row that make a span: fewer may be alike, or unlike, by chance."""
+_COMPARED = 256
+"""Response rows that tell a sequence from another."""
 _SAMPLED_ROWS = 4096
 """Rows, evenly taken, that suffice for maps."""
 
@@ -48,7 +51,7 @@ def soundness(experts_RLK: Experts, num_experts: int) -> dict[str, float]:
         "duplicate_fraction": float(((held_RL < in_range.sum(-1)) & ~zero_RL).mean()),
         "zero_row_fraction": float(zero_RL.all(-1).mean()) if several or experts_RLK.shape[1] > 1 else 0.0,
         "zero_layers": float(zero_RL.all(0).sum()) if several else 0.0,
-        "sorted_fraction": float((np.diff(experts_RLK, axis=-1) >= 0).all(-1).mean()),
+        "sorted_fraction": float((experts_RLK[..., 1:] >= experts_RLK[..., :-1]).all(-1).mean()),
     }
 
 
@@ -212,26 +215,25 @@ def mispaired(
     starts = np.flatnonzero(np.diff(sequence_R, prepend=-1))
     ends = np.append(starts[1:], len(sequence_R))
     found = list[Mispaired]()
-    for this, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        places = np.flatnonzero(is_response_R[start:end])[:256]
-        if not len(places):
-            continue
-        overlaps = np.full(len(starts), -1.0)
-        for other, (begin, stop) in enumerate(zip(starts, ends, strict=True)):
+    for start, end in zip(starts, ends, strict=True):
+        places = np.flatnonzero(is_response_R[start:end])[:_COMPARED]
+
+        def overlap_with(
+            begin: int, stop: int, start: int = start, places: NDArray[np.intp] = places
+        ) -> float:
             inside = places[places < stop - begin]
-            if 2 * len(inside) >= len(places):
-                overlaps[other] = (
-                    common(bits_RLW[start + inside], reference_RLW[begin + inside]).mean() / top_k
-                )
-            if other == 0 and this and overlaps[this] > (1 + chance) / 2:
-                break
-        best = int(overlaps.argmax())
-        if overlaps[this] <= (1 + chance) / 2 and overlaps[best] > overlaps[this] + 2 * _CLEAR:
-            found.append(
-                Mispaired(
-                    int(sequence_R[start]), int(sequence_R[starts[best]]), overlaps[this], overlaps[best]
-                )
-            )
+            if not len(inside) or 2 * len(inside) < len(places):
+                return -1.0
+            return float(common(bits_RLW[start + inside], reference_RLW[begin + inside]).mean() / top_k)
+
+        own = overlap_with(start, end)
+        if not len(places) or own > (1 + chance) / 2:
+            continue
+        overlaps = [overlap_with(*extent) for extent in zip(starts, ends, strict=True)]
+        best = int(np.argmax(overlaps))
+        if overlaps[best] > own + 2 * _CLEAR:
+            pair = int(sequence_R[start]), int(sequence_R[starts[best]])
+            found.append(Mispaired(*pair, own, overlaps[best]))
     return found
 
 

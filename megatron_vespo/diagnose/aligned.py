@@ -66,9 +66,9 @@ class Aligned:
         behavior = e.behavior_logp
         every = np.ones(len(behavior), np.bool_)
         found = {
-            "mismatch": (e.policy_logp, self._same_weights_engine, every),
+            "mismatch": (e.policy_logp, *self._same_weights_engine),
             "total": (e.policy_logp, behavior, every),
-            "natural": (e.natural_logp, self._same_weights_engine, every),
+            "natural": (e.natural_logp, *self._same_weights_engine),
             "replayed": (e.replayed_logp, behavior, ~self.is_stale_S),
             "floor": (e.natural_logp, e.repeat_logp, every),
             "stale": (e.engine_logp, behavior, self.is_stale_S),
@@ -87,15 +87,13 @@ class Aligned:
         return known[self.sequence_S]
 
     @cached_property
-    def _same_weights_engine(self) -> Floats:
-        """[S] M' where it was recorded, else M of the tokens that are not stale."""
+    def _same_weights_engine(self) -> tuple[Floats, Mask]:
+        """[S] M' where it was recorded, else M; and the tokens of which that is under the trainer's weights."""
         e = self.evidence
-        fresh = np.where(self.is_stale_S, np.float32(np.nan), e.behavior_logp)
-        return (
-            fresh
-            if e.engine_logp is None
-            else np.where(self.is_recorded(e.engine_logp), e.engine_logp, fresh)
-        )
+        if e.engine_logp is None:
+            return e.behavior_logp, ~self.is_stale_S
+        known = self.is_recorded(e.engine_logp)
+        return np.where(known, e.engine_logp, e.behavior_logp), known | ~self.is_stale_S
 
     @cached_property
     def experts(self) -> dict[str, Experts]:

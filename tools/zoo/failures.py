@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from megatron_vespo.evidence import Evidence
-from tools.zoo.nets import EXPERTS, LAYERS, VOCABULARY, Net
+from tools.zoo.nets import EXPERTS, LAYERS, VOCABULARY, Net, usual_experts
 from tools.zoo.scene import Record, Scene, Size, evidence, new_scene, play, replay
 
-WRONG_LAYER, WRONG_EXPERT, OTHER_EXPERT = 2, 5, 11
+WRONG_LAYER = 2
 
 
 @dataclass(frozen=True)
@@ -101,24 +101,25 @@ def old_weights(scene: Scene) -> Scene:
 def wrong_expert(scene: Scene) -> Scene:
     """Its weights are those of another layer, as after a wrong name in a push."""
     net = scene.versions[-1].copy()
+    (expert,) = usual_experts(net, WRONG_LAYER, 1)
     with torch.no_grad():
         for wrong, given in zip(
             net.experts[WRONG_LAYER].parameters(), net.experts[0].parameters(), strict=True
         ):
-            wrong[WRONG_EXPERT] = given[WRONG_EXPERT]
+            wrong[expert] = given[expert]
     return _served(scene, net)
 
 
 def _swapped(scene: Scene, *, with_router: bool) -> Scene:
     net = scene.versions[-1].copy()
-    pair, turned = [WRONG_EXPERT, OTHER_EXPERT], [OTHER_EXPERT, WRONG_EXPERT]
+    pair = usual_experts(net, WRONG_LAYER, 2)
     parts = [
         *net.experts[WRONG_LAYER].parameters(),
         *(net.routers[WRONG_LAYER].parameters() if with_router else ()),
     ]
     with torch.no_grad():
         for weight in parts:
-            weight[pair] = weight[turned]
+            weight[pair] = weight[pair[::-1]]
     return _served(scene, net)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 LAYERS, EXPERTS, TOPK, VOCABULARY = 5, 16, 4, 264
 
-_SPREAD = {"lm_head": 6.0, "mlp.gate": 3.0, "down_proj": 4.0, "o_proj": 3.0}
+_SPREAD = {"lm_head": 6.0, "embed_tokens": 4.0, "mlp.gate": 3.0, "down_proj": 6.0, "o_proj": 3.0}
 """By what the weights of these modules exceed the plain initialization."""
 
 
@@ -36,7 +37,8 @@ class Pass:
 class Net:
     """One network in one dtype: a version of the weights as one engine computes with them."""
 
-    def __init__(self, model: Qwen3MoeForCausalLM) -> None:
+    def __init__(self, model: Any) -> None:
+        """`model`: a Qwen3MoeForCausalLM."""
         self.model = model.eval()
         self._calls: list[tuple[Tensor, Tensor]] = []
         self._replayed: Tensor | None = None
@@ -44,16 +46,16 @@ class Net:
             router.register_forward_hook(lambda router, _, out, layer=layer: self._route(router, layer, out))
 
     @property
-    def routers(self) -> list[nn.Module]:
+    def routers(self) -> list[Any]:
         return [layer.mlp.gate for layer in self.model.model.layers]
 
     @property
-    def experts(self) -> list[nn.Module]:
+    def experts(self) -> list[Any]:
         return [layer.mlp.experts for layer in self.model.model.layers]
 
     def copy(self, dtype: torch.dtype = torch.float32, *, attention: str = "sdpa") -> Net:
         """The same weights, rounded to `dtype`; other kernels for the attention are another engine's arithmetic."""
-        model = Qwen3MoeForCausalLM(copy.deepcopy(self.model.config))
+        model: Any = Qwen3MoeForCausalLM(copy.deepcopy(self.model.config))
         model.load_state_dict(self.model.state_dict())
         model.set_attn_implementation(attention)
         return Net(model.to(dtype))
@@ -99,7 +101,7 @@ class Net:
 
 def new_net(seed: int) -> Net:
     """A random network in float32."""
-    config = Qwen3MoeConfig(
+    config: Any = Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim
         vocab_size=VOCABULARY,
         hidden_size=64,
         num_hidden_layers=LAYERS,
@@ -122,13 +124,44 @@ def new_net(seed: int) -> Net:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight *= next((factor for part, factor in _SPREAD.items() if part in name), 1.0)
-    return Net(model)
+    net = Net(model)
+    _balance(net, seed)
+    return net
+
+
+@torch.no_grad()
+def _balance(net: Net, seed: int) -> None:
+    """Let no router prefer experts whatever the token, as training for balance does; the first layer first."""
+    for router in net.routers:
+        seen: list[Tensor] = []
+        ids = _text(net, seed)
+        hook = router.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        net.forward(ids)
+        hook.remove()
+        mean = seen[0].flatten(0, -2).mean(0)
+        router.weight -= torch.outer(router.weight @ mean, mean) / mean.square().sum()
+
+
+def usual_experts(net: Net, layer: int, num: int) -> list[int]:
+    """The experts of a layer whose load is closest to the average."""
+    load = net.forward(_text(net, layer)).chosen[:, :, layer].flatten().bincount(minlength=EXPERTS)
+    return (load - load.float().mean()).abs().argsort()[:num].tolist()
+
+
+def _text(net: Net, seed: int, rounds: int = 4) -> Tensor:
+    """[B, N] nearly as the network itself would write: every token drawn after those of the round before."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (32, 48), generator=generator)
+    for _ in range(rounds):
+        probability = net.forward(ids[:, :-1]).logits.softmax(-1).flatten(0, 1)
+        ids[:, 1:] = torch.multinomial(probability, 1, generator=generator).view(len(ids), -1)
+    return ids
 
 
 def next_versions(net: Net, num: int, *, seed: int, learning_rate: float = 3e-4) -> list[Net]:
     """`net` and what becomes of it in `num` updates: Adam on sequences that are rewarded at random."""
     generator = torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(net.copy().model)
+    model: Any = copy.deepcopy(net.copy().model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     versions = [net]
     for _ in range(num):

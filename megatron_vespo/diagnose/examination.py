@@ -13,6 +13,7 @@ P = policy_logp (A, or B where the trainer repeats the engine's experts):
     floor/      A against A2: the trainer's own noise.
     stale/      M' against M, tokens whose version gap is above 0.
     decode/     M' against M, tokens whose version gap is 0 or unknown: decode against prefill in the engine.
+    routing/    A against B, all tokens: what the choice of experts alone makes.
 
 METRICS of every pair (PAIR/...; d = first minus second; formulas in algo/mismatch.py)
     num_tokens  nonfinite_fraction  exact_zero_fraction
@@ -44,27 +45,32 @@ semantics/  of what the engine calls a log-prob (all sampled tokens)
 
 cause/      parts of a gap add up token by token (algo/decomposition.py): of P - M
                 PART in routing, engine, decode, staleness, rerun, unsplit
-    PART_nats  PART_share  PART_square_share  PART_seq_share    mean; Cov(part, gap) / Var(gap); E[part gap] / E[gap^2]; by sequence
+    PART_nats  PART_share  PART_square_share        mean; Cov(part, gap) / Var(gap); E[part gap] / E[gap^2]
+    PART_seq_nats  PART_seq_share                   mean and share of whole sequences
     natural_PART_...                                            the same of A - M where the trainer repeats the engine's experts
     routing_r                                       R = 1 - E[(B - M)^2] / E[(A - M)^2]
     floor_z                                         Z = k3 of natural/ / k3 of floor/
-    gap_square_intercept_nats2  gap_square_slope_nats2  gap_k3_intercept_nats  gap_k3_slope_nats  gap_max
-                                                    P - M by version gap: the engine's part, and one version's
+    gap_square_intercept_nats2  gap_square_slope_nats2  gap_k3_intercept_nats  gap_k3_slope_nats
+    gap_square_intercept_se_nats2  gap_square_slope_se_nats2  gap_k3_intercept_se_nats  gap_k3_slope_se_nats
+                                                    P - M by version gap: the engine's part, and one version's; standard errors
 router/     natural experts (row of a processed token, layer) against the engine's under the same weights: "engine" where recorded,
             else "behavior" of rows whose version gap is 0 or unknown; where the trainer's free choice is not recorded, its
             shadow choice against "behavior"
     num_rows  mismatch  overlap  jaccard  chance  zero_overlap_fraction  slots_mean
     any_flip  layers_per_token  dispersion  persistence
-    load_tv  load_tv_max  load_js  load_js_max  directionality  directionality_max  load_max_over_mean  load_cv
+    load_tv  load_tv_max  load_js  load_js_max  directionality  directionality_max  directionality_chance  load_max_over_mean  load_cv
     mismatch_prompt  mismatch_response  mismatch_layer0  mismatch_layer0_prompt  mismatch_layer0_response
     local  free  amplification  cascade_share       shadow and natural against behavior, same weights
     decode_mismatch                                 engine against behavior, version gap 0 or unknown
     stale_mismatch                                  engine against behavior, version gap above 0
     total_mismatch                                  natural (or shadow) against behavior, all rows
-    gap_mismatch_intercept  gap_mismatch_slope      total_mismatch by version gap
+    gap_mismatch_intercept  gap_mismatch_slope  gap_mismatch_intercept_se  gap_mismatch_slope_se   total_mismatch by version gap
+    prompt_worst_mismatch  prompt_worst_at  prompt_end_worst_mismatch  prompt_end_worst_at
+                                                    layer 0 at the prompt's worst place: from its start, and from its last row
     margin_p50  margin_f0  implied_noise  margin_flatness  far_flip_fraction
     flip_excess_nats  flip_k2_share                 P(flip) (E[|d| | flip] - E[|d| | none]); share of sum d^2 of tokens with a flip
-    blame_ratio_max  blame_z_max  blame_layer  blame_expert     the expert whose tokens have the greatest error
+    blame_ratio_max  blame_z_max                    the greatest of all experts
+    blame_layer  blame_expert  blame_ratio          of the expert with the greatest blame_z
 
 structure/  what noise cannot do; 0 where all is well
     row_count_errors  out_of_range_fraction  sentinel_fraction  duplicate_fraction  zero_row_fraction  zero_layers
@@ -73,7 +79,7 @@ structure/  what noise cannot do; 0 where all is well
     mispaired_sequences  logp_shift
 
 data/       num_sequences  num_tokens  num_prompt_tokens  num_routed_sequences  num_rows  num_layers  top_k  num_experts
-            reward_mean  version_gap_mean  version_gap_max  truncated facts are in Evidence.facts
+            reward_mean  version_gap_mean  version_gap_max    (what the file says: Evidence.facts)
 
 TABLES (rows of plain numbers and strings)
     intervals     metric, value, low, high (95 %, bootstrap over sequences)
@@ -81,29 +87,29 @@ TABLES (rows of plain numbers and strings)
                   low, high or label; num_tokens, token_share, k1_nats, abs_mean_nats, k3_nats, k2_share, f_2    of mismatch/
     quantiles     pair, num_tokens, abs_mean_nats, abs_p50_nats, abs_p90_nats, abs_p99_nats, abs_p999_nats, abs_max_nats, k3_nats
     sequences     index, uid, step, num_tokens, nats, geo_nats, k2_share, mult_err, reward, advantage, is_outlier: the worst 32
-    extreme       sequence, uid, position (in the response), token, context (ids), gap_nats, behavior, engine, policy, natural,
+    extreme       sequence, uid, position (in the response), token, before, after (ids), gap_nats, behavior, engine, policy, natural,
                   replayed, entropy, version_gap, flipped_layers: the worst 64 tokens of mismatch/
-    causes        gap ("policy" or "natural"), part, mean_nats, share, square_share, seq_mean_nats, seq_share, k3_nats
-    version_gaps  gap, num_tokens, mean_nats, square_mean_nats2, k3_nats, expert_mismatch
+    causes        gap ("policy" or "natural"), part, nats, share, square_share, seq_nats, seq_share, k3_nats
+    version_gaps  gap, num_tokens, mean_nats, square_mean_nats2, k3_nats      of total/
     structure     test, source (column of experts, or pair), value, passed, detail
     layers        layer, mismatch, overlap, local, free, amplification, persistence, load_tv, load_js, slot_disagreement,
-                  directionality, load_max_over_mean, reference_load_max_over_mean, margin_f0, implied_noise, first_flip_fraction
+                  directionality, directionality_chance, load_max_over_mean, load_cv, reference_load_max_over_mean, margin_f0, implied_noise, first_flip_fraction
     experts       layer, expert, load, reference_load, gain, loss, bias, blame_ratio, blame_z, num_tokens: the most blamed 32
     dose          low, high (flipped layers), num_tokens, abs_mean_nats, k3_nats, f_2, k2_share
     margins       low, high (in implied noise), num_choices, num_flips, flip_rate
-    garbage       sequence, start, length, overlap
-    permutation   layer, expert, found_as, overlap, found_overlap
+    garbage       source, sequence, start, length, overlap
+    permutation   source, layer, expert, found_as, overlap, found_overlap
 
 ARRAYS (for plots)
     mismatch/gap_histogram [2, bins] of d < 0 and d > 0        mismatch/gap_edges [bins + 1] of |d|
     mismatch/scatter [m, 2] behavior or engine, policy: at most 4096 tokens, evenly taken
     mismatch/seq_nats [B'], mismatch/seq_tokens [B']            total/seq_nats [B'], total/seq_tokens [B']
-    mismatch/seq_index [B'] their sequences
+    mismatch/seq_index [B'], total/seq_index [B'] their sequences
     router/overlap_layer_position [L, bins]   router/position_edges [bins + 1] of the absolute position
     router/position_mismatch [Q, 2] layer 0 and all layers, by absolute position    router/position_rows [Q]
     router/prompt_end_mismatch [W, 2], router/prompt_end_offset [W]: the same by distance to the prompt's last row
     router/layers_per_token [L + 1] histogram                   router/first_flip [L] histogram
-    structure/layer_shift [L, L]    structure/token_shift [5]     structure/logp_shift [5], shifts -2 .. 2
+    structure/layer_shift [L, L]    structure/token_shift [5]    structure/logp_shift [5], shifts -2 .. 2
     router/margin_curve [bins], router/margin_curve_edges [bins + 1] in units of the implied noise
     router/load [L, E], router/reference_load [L, E], router/bias [L, E], router/blame_ratio [L, E], router/blame_z [L, E]
 """

@@ -141,12 +141,16 @@ def _causes(cases: Sequence[Case], facts: Facts) -> dict[str, float]:
 
 
 def _verdicts(cases: Sequence[Case], engine: Sequence[Case]) -> dict[str, float]:
-    """The routing share R, of fresh tokens, and the floor quotient Z."""
+    """The routing share R, and the floor quotient Z.
+
+    R is of sequences without any older token: the experts of one that was resumed are those of older weights where it began.
+    """
     found: dict[str, float | None] = {}
-    replayed = [case for case in cases if case.examined.replayed is not None]
-    if len(is_fresh := _gaps(replayed) == 0) and is_fresh.any():
-        a, b, m = (_tokens(replayed, column)[is_fresh] for column in (_natural, _replayed, _behavior))
-        found["cause/routing_r"] = routing_verdict(a, b, m)
+    fresh = [case for case in cases if case.examined.replayed is not None and not _gaps([case]).any()]
+    if fresh:
+        found["cause/routing_r"] = routing_verdict(
+            *(_tokens(fresh, x) for x in (_natural, _replayed, _behavior))
+        )
     floor = token_gap(_tokens(cases, _natural), _tokens(cases, lambda case: case.examined.repeat))
     found["floor/k3_nats"] = floor["k3_nats"]
     found["floor/abs_mean_nats"] = floor["abs_mean_nats"]

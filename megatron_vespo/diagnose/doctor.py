@@ -76,17 +76,18 @@ class Diagnosis:
 
     @property
     def level(self) -> Verdict:
-        """The worst of all; a failure that was found breaks a run, whatever the levels."""
+        """The worst of all; a failure that was found breaks a run, whatever the levels and however little there is."""
         if any(cause.is_failure for cause in self.causes):
             return "broken"
-        return min((finding.level for finding in self.findings), key=WORST_FIRST.index)
+        worst = min((finding.level for finding in self.findings), key=WORST_FIRST.index)
+        return worst if worst == "broken" or is_enough(self.examination) else "insufficient"
 
 
 def judge(evidence: Evidence) -> Diagnosis:
     """Examine the evidence and say what the numbers mean."""
     examined = examine(evidence)
     condition, remarks = _condition(evidence), _remarks(examined)
-    enough = _is_enough(examined)
+    enough = is_enough(examined)
     findings = [_finding(axis, examined, condition, enough) for axis in AXES]
     return Diagnosis(
         evidence=evidence,
@@ -224,14 +225,15 @@ def _condition(evidence: Evidence) -> Condition:
     return "replay" if facts.router_replay == "engine" else "moe"
 
 
-def _is_enough(examined: Examination) -> bool:
+def is_enough(examined: Examination) -> bool:
+    """For verdicts on levels."""
     metrics = examined.metrics
     return metrics["data/num_sequences"] >= LEAST_SEQUENCES and metrics["data/num_tokens"] >= LEAST_TOKENS
 
 
 def _remarks(examined: Examination) -> list[str]:
     tokens = examined.metrics["data/num_tokens"]
-    if not _is_enough(examined):
+    if not is_enough(examined):
         return [
             f"insufficient data: verdicts need {LEAST_SEQUENCES} sequences and {LEAST_TOKENS:,} tokens; add evidence files"
         ]

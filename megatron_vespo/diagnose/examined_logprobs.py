@@ -372,7 +372,10 @@ def _same_weights_passes(aligned: Aligned) -> tuple[Floats, Floats, Floats, Ints
     if e.natural_logp is None or e.replayed_logp is None:
         return None
     columns = (e.natural_logp, e.replayed_logp, e.behavior_logp)
-    chosen = e.is_sampled & ~aligned.is_stale_S & np.all([np.isfinite(x) for x in columns], axis=0)
+    # Of sequences without any older token: the experts of one that was resumed are those of older weights where it began.
+    num_stale_B = np.bincount(aligned.sequence_S, aligned.is_stale_S, len(e.num_response))
+    is_fresh_S = num_stale_B[aligned.sequence_S] == 0
+    chosen = e.is_sampled & is_fresh_S & np.all([np.isfinite(x) for x in columns], axis=0)
     if not chosen.any():
         return None
     return columns[0][chosen], columns[1][chosen], columns[2][chosen], aligned.sequence_S[chosen]

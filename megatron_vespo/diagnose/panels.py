@@ -23,10 +23,10 @@ from megatron_vespo.diagnose.history import History, SequenceTable
 from megatron_vespo.metrics import PHASES
 from megatron_vespo.types import Doubles
 
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#9AA0A6",
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#9AA0A6",
 )  # fmt: skip
-PHASE_COLORS: dict[str, str] = dict(zip(PHASES, (GREY, RED, BLUE, ORANGE, GREEN, PURPLE, SKY), strict=True))
+PHASE_COLORS: dict[str, str] = dict(zip(PHASES, (GREY, RED, BLUE, ORANGE, GREEN, YELLOW, PURPLE, SKY), strict=True))
 _POINTS = 4000
 """Of a scatter plot; more only make it black."""
 _STYLE: dict[Any, Any] = {

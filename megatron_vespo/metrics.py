@@ -34,7 +34,7 @@ from megatron_vespo.types import RunError
 Record = dict[str, Any]
 """One line of metrics.jsonl."""
 
-PHASES = ("wait", "examine", "train", "sync", "score", "eval", "save")
+PHASES = ("wait", "examine", "train", "sync", "score", "measure", "eval", "save")
 """Where a step's time goes, in the order in which it goes there: `time/<phase>_s`."""
 
 
@@ -227,6 +227,7 @@ _COLORS = {
     "train": "blue",
     "sync": "yellow",
     "score": "green",
+    "measure": "bright_yellow",
     "eval": "magenta",
     "save": "cyan",
 }

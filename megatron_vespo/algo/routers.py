@@ -41,20 +41,28 @@ _NEAR_ZERO = 0.05
 def bitsets(experts_RLK: Experts, num_experts: int) -> Bits:
     """[R, L, W] the sets, one bit for each expert; ids outside of [0, num_experts) are in none."""
     words = np.zeros((*experts_RLK.shape[:2], -(-num_experts // 64)), np.uint64)
-    for start in range(0, len(experts_RLK), _CHUNK):
-        chunk = experts_RLK[start : start + _CHUNK].astype(np.int64)
-        bit = np.where(
-            (chunk >= 0) & (chunk < num_experts), np.uint64(1) << (chunk & 63).astype(np.uint64), np.uint64(0)
-        )
-        for word in range(words.shape[-1]):
-            mine = np.where(chunk >> 6 == word, bit, np.uint64(0))
-            words[start : start + _CHUNK, :, word] = np.bitwise_or.reduce(mine, -1)
+    if experts_RLK.itemsize > 2:
+        is_one = (experts_RLK >= 0) & (experts_RLK < num_experts)
+        experts_RLK = np.where(is_one, experts_RLK, 0xFFFF).astype(np.uint16)
+    ids_RLK = experts_RLK.view(f"u{experts_RLK.itemsize}")
+    bit_of = np.zeros(
+        (1 << 8 * ids_RLK.itemsize, words.shape[-1]), np.uint64
+    )  # of every id that there can be
+    every = np.arange(num_experts)
+    bit_of[every, every >> 6] = np.uint64(1) << (every & 63).astype(np.uint64)
+    for start in range(0, len(ids_RLK), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        for place in range(
+            ids_RLK.shape[2]
+        ):  # a table and whole columns: ten times as fast as arithmetic on ids
+            words[part] |= bit_of.take(ids_RLK[part, :, place], axis=0)
     return words
 
 
 def common(bits_RLW: Bits, reference_RLW: Bits) -> NDArray[np.uint8]:
     """[R, L] how many experts both sets hold; shapes broadcast."""
-    return np.bitwise_count(bits_RLW & reference_RLW).sum(-1, dtype=np.uint8)
+    counts_RLW = np.bitwise_count(bits_RLW & reference_RLW)
+    return sum((counts_RLW[..., word] for word in range(1, counts_RLW.shape[-1])), counts_RLW[..., 0])
 
 
 def expert_overlap(experts_RLK: Experts, reference_RLK: Experts) -> Doubles:

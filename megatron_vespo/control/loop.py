@@ -62,6 +62,7 @@ async def train(
             await observer.examine(trainer, clock)
             output = await clock.lap("train", trainer.step(batch, observer.noise_variance, chosen.routed))
             rescored = await clock.lap("score", rescoring)
+            measuring = tasks.create_task(observer.measure(groups, output, rescored))  # beside the push
             # 3. mu <- pi, then admit as many new prompts
             version += 1
             sync = await clock.lap("sync", publisher.publish(version))
@@ -69,7 +70,7 @@ async def train(
             for ticket in buffer.release():
                 prompts.give_back(ticket.ordinal)
                 observer.expired()
-            await observer.step(groups, output, rescored, sync)
+            await clock.lap("measure", observer.step(groups, output, rescored, sync, measuring))
             await observer.evaluate(tasks, clock)
             observer.finish(clock, sum(len(sequence.token_ids) for sequence in batch))
             if observer.checkpoint_is_due:

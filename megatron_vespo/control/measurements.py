@@ -34,7 +34,6 @@ def step_metrics(
     groups: Sequence[Group],
     output: StepOutput,
     rescored: Sequence[Scored | None],
-    sync: SyncReport,
     algorithm: AlgorithmConfig,
 ) -> Metrics:
     """Everything that one step tells about learning and about off-policyness.
@@ -65,22 +64,22 @@ def step_metrics(
         **optimizer_metrics(output),
         "optim/left_out_fraction": 1 - len(output.log_w) / len(rollouts),
         **{f"time/train_{part}_s": seconds for part, seconds in output.time_s.items()},
-        **{f"time/sync_{part}_s": seconds for part, seconds in sync.time_s.items()},
-        "sync/bytes": sync.num_bytes,
-        **_canary(sync),
-        "sync/engines": sync.num_engines,
-        "sync/engines_lost": sync.num_lost,
-        **({} if sync.changed is None else {"sync/changed": int(sync.changed)}),
     }
 
 
-def _canary(sync: SyncReport) -> Metrics:
-    """The pure gap between the engines: fixed tokens, same weights."""
+def sync_metrics(sync: SyncReport) -> Metrics:
+    """The push of the weights that a step made, and the pure gap between the engines: fixed tokens, same weights."""
     metrics: Metrics = {
+        **{f"time/sync_{part}_s": seconds for part, seconds in sync.time_s.items()},
+        "sync/bytes": sync.num_bytes,
+        "sync/engines": sync.num_engines,
+        "sync/engines_lost": sync.num_lost,
         "sync/canary_abs_max_nats": sync.canary_abs_max,
         "sync/canary_abs_mean_nats": sync.canary_abs_mean,
         "sync/canary_k3_nats": sync.canary_k3_nats,
     }
+    if sync.changed is not None:
+        metrics["sync/changed"] = int(sync.changed)
     if sync.canary_expert_mismatch is not None:
         metrics["sync/canary_expert_mismatch"] = sync.canary_expert_mismatch
     return metrics
@@ -288,13 +287,12 @@ def _experts(seen: Sequence[Seen]) -> Metrics:
     ]
     if not known:
         return {}
-    ours, now, then = (np.concatenate(column) for column in zip(*known, strict=True))
     same_weights, since_sampling = (
-        expert_gap(expert_overlap(ours, now)),
-        expert_gap(expert_overlap(ours, then)),
+        expert_gap(np.concatenate([expert_overlap(choice[0], choice[place]) for choice in known]))
+        for place in (1, 2)
     )
     return {
-        "experts/compared_tokens": len(ours),
+        "experts/compared_tokens": sum(len(ours) for ours, _, _ in known),
         **{f"experts/{key}": value for key, value in same_weights.items()},
         "experts/stale_overlap_layer": since_sampling["overlap_layer"],
         "experts/stale_overlap_mean": since_sampling["overlap_mean"],

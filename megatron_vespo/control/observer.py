@@ -16,7 +16,7 @@ from megatron_vespo.control.buffer import GroupBuffer
 from megatron_vespo.control.clock import StepClock
 from megatron_vespo.control.evaluation import Evaluated
 from megatron_vespo.control.examination import Case, case_metrics, write_cases
-from megatron_vespo.control.measurements import Filtered, Metrics, filter_metrics, step_metrics
+from megatron_vespo.control.measurements import Filtered, Metrics, filter_metrics, step_metrics, sync_metrics
 from megatron_vespo.control.progress import Progress
 from megatron_vespo.control.selection import Selection
 from megatron_vespo.data.stream import EpochStream
@@ -141,18 +141,30 @@ class Observer:
         """A prompt that oversampling had admitted was not needed in time, and is sampled again."""
         self._num_expired += 1
 
+    async def measure(
+        self, groups: Sequence[Group], output: StepOutput, rescored: Sequence[Scored | None]
+    ) -> Metrics:
+        """The numbers of a step whose weights are not served yet; in a thread, for nobody need wait for them."""
+        metrics = await asyncio.to_thread(
+            step_metrics, self._version + 1, groups, output, rescored, self._cfg.algorithm
+        )
+        if cases := self._cases(groups, output, rescored):
+            metrics |= await asyncio.to_thread(case_metrics, cases, self._sources.facts)
+        return metrics
+
     async def step(
-        self, groups: Sequence[Group], output: StepOutput, rescored: Sequence[Scored | None], sync: SyncReport
+        self,
+        groups: Sequence[Group],
+        output: StepOutput,
+        rescored: Sequence[Scored | None],
+        sync: SyncReport,
+        measuring: Awaitable[Metrics],
     ) -> None:
         """One optimizer step is done and its weights are served."""
+        self._pending |= self._taken | await measuring | sync_metrics(sync)
+        cases = self._cases(groups, output, rescored)
         self._version += 1
         self._in_training = self._batch = ()
-        self._pending |= self._taken
-        cases = self._cases(groups, output, rescored)
-        # In a thread: with long responses this takes seconds, for which nobody else waits.
-        self._pending |= await asyncio.to_thread(
-            step_metrics, self._version, groups, output, rescored, sync, self._cfg.algorithm
-        )
         # Both engines saw the same tokens under the same weights and, in replay, with the same experts.
         if isinstance(measured := self._pending.get("mismatch/square_mean_nats2"), float):
             self.noise_variance = measured
@@ -166,8 +178,6 @@ class Observer:
             self._view.event(
                 f"version {self._version}: {sync.num_lost} engine(s) lost during the push; {sync.num_engines} serve it"
             )
-        if cases:
-            self._pending |= await asyncio.to_thread(case_metrics, cases, self._sources.facts)
         rows = rollout_rows(groups, output, rescored, step=self._version)
         await asyncio.to_thread(write_rollouts, self._run.rollouts, rows)
         if cases:
@@ -247,7 +257,7 @@ class Observer:
     def _cases(
         self, groups: Sequence[Group], output: StepOutput, rescored: Sequence[Scored | None]
     ) -> list[Case]:
-        """Of the step that has just been counted."""
+        """Of a step that is not counted yet."""
         rollouts = _rollouts(groups)
         return [
             Case(
@@ -255,7 +265,7 @@ class Observer:
                 examined=examined,
                 policy=output.scored[i],
                 engine=rescored[i],
-                train_version=self._version - 1,
+                train_version=self._version,
             )
             for i, examined in zip(self._chosen.examined, self._examined, strict=True)
         ]

@@ -15,11 +15,13 @@ from pydantic import ValidationError
 
 from megatron_vespo.config import AlgorithmConfig
 from megatron_vespo.diagnose.history import History, SequenceTable
-from megatron_vespo.diagnose.page import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Missing, Panel
+from megatron_vespo.diagnose.page import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, YELLOW, Missing, Panel
 from megatron_vespo.metrics import PHASES
 from megatron_vespo.types import Doubles
 
-PHASE_COLORS: dict[str, str] = dict(zip(PHASES, (GREY, RED, BLUE, ORANGE, GREEN, PURPLE, SKY), strict=True))
+PHASE_COLORS: dict[str, str] = dict(
+    zip(PHASES, (GREY, RED, BLUE, ORANGE, GREEN, YELLOW, PURPLE, SKY), strict=True)
+)
 _POINTS = 4000
 """Of a scatter plot; more only make it black."""
 

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vespo.data.demo import write_demo_inputs
+from megatron_vespo.evidence import read_evidence
 from megatron_vespo.rundir import read_metrics
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -125,7 +126,7 @@ def rl(place: Path, name: str, *overrides: str) -> list[str]:
     return [
         "train", "configs/demo.toml", f"run_dir={place / name}", f"model={place / 'sft' / 'final'}",
         f"prompts.train={inputs / 'train.parquet'}", f"evaluation.sets.heldout={inputs / 'heldout.parquet'}",
-        "loop.prompts_per_step=4", "loop.group_size=4", "evaluation.samples=1", *overrides,
+        "loop.prompts_per_step=4", "loop.group_size=4", "evaluation.samples=1", "instruments.every=2", *overrides,
     ]  # fmt: skip
 
 
@@ -207,6 +208,38 @@ def test_both_engines_agree_on_every_token_and_expert_of_the_run(place):
         assert record["staleness/max_steps"] <= 1
     assert max(record["staleness/max_steps"] for record in records) == 1, "sampling never ran ahead"
     assert min(record["experts/stale_overlap_mean"] for record in records) > 0.5
+
+
+def test_evidence_of_the_run_holds_every_pass_and_they_agree(place):
+    """fp32 on both sides, under the same weights: natural, repeated and engine's pass differ by rounding alone."""
+    last = read_metrics(place / "rl" / "metrics.jsonl")[-1]["step"]
+    due = [1, *range(2, last + 1, 2)]
+    assert names(place / "rl" / "evidence") == [f"step_{step:06d}.parquet" for step in due]
+    evidence = read_evidence(place / "rl", kind="evidence")
+    assert len(evidence.num_response) == 16 * len(due) and evidence.is_routed.all()
+    sampled, fresh = evidence.is_sampled, evidence.version_gap == 0
+    for ours, theirs, chosen in (
+        (evidence.natural_logp, evidence.engine_logp, sampled),
+        (evidence.natural_logp, evidence.repeat_logp, sampled),
+        (evidence.natural_logp, evidence.policy_logp, sampled),
+        (evidence.replayed_logp, evidence.behavior_logp, sampled & fresh),
+    ):
+        assert chosen.any() and np.abs(ours - theirs)[chosen].max() < 1e-4
+    assert evidence.margin.shape == evidence.experts["natural"].shape[:2] and (evidence.margin >= 0).all()
+    agree = np.sort(evidence.experts["natural"]) == np.sort(evidence.experts["engine"])
+    assert agree.mean() > 0.999
+    is_stale = np.repeat(~fresh, 1).any()
+    assert is_stale and (evidence.experts["behavior"] != evidence.experts["engine"]).any()
+
+
+def test_causes_of_the_run_are_staleness_and_nothing_else(place):
+    records = [r for r in read_metrics(place / "rl" / "metrics.jsonl") if "cause/engine_nats" in r]
+    assert {"time/examine_s", "floor/k3_nats", "router/mismatch", "router/margin_p50"} <= records[0].keys()
+    assert all(record["sync/canary_expert_mismatch"] < 0.01 for record in records)
+    stale = [r for r in records if r["staleness/max_steps"] > 0]
+    assert all(abs(record["cause/engine_nats"] + record["cause/routing_nats"]) < 1e-5 for record in records)
+    assert max(abs(record["cause/staleness_nats"]) for record in stale) > 1e-3
+    assert all(record["alerts/active"] <= 1 for record in records)
 
 
 def test_rollout_files_explain_log_w_token_by_token(place):

@@ -18,7 +18,7 @@ from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 LAYERS, EXPERTS, TOPK, VOCABULARY = 5, 16, 4, 264
 
-_SPREAD = {"lm_head": 6.0, "embed_tokens": 4.0, "mlp.gate": 3.0, "down_proj": 6.0, "o_proj": 3.0}
+_SPREAD = {"lm_head": 6.0, "mlp.gate": 3.0, "down_proj": 4.0, "o_proj": 3.0}
 """By what the weights of these modules exceed the plain initialization."""
 
 

@@ -8,7 +8,9 @@ Shape key:  S sampled tokens of all cases, R rows (processed tokens), L layers, 
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +59,9 @@ class Case:
         return len(self.rollout.prompt.token_ids) - 1
 
     @property
-    def is_fresh_row(self) -> Mask:
-        """[N - 1] rows that the engine processed under the trainer's weights; a prompt's go with the first response token."""
-        num_rows = self.first_row + len(self.gap)
-        token = np.maximum(np.arange(num_rows) - self.first_row, 0)
-        return self.gap[token] == 0
+    def is_fresh(self) -> bool:
+        """Whether the weights that are trained sampled all of it: only then its experts belong to them."""
+        return not self.gap.any()
 
     @property
     def behavior_experts(self) -> Experts | None:
@@ -109,6 +109,8 @@ def write_cases(folder: Path, rows: Sequence[dict[str, Any]], cases: Sequence[Ca
 def case_metrics(cases: Sequence[Case], facts: Facts) -> dict[str, float]:
     """The live metrics of causes; names and definitions are those of diagnose/examination.py, and
 
+    cause/engine_... holds the router's part too for sequences that older weights sampled, unless the trainer repeats their experts
+    cause/routing_r, router/free, router/local      of sequences that the trainer's weights sampled
     router/replayed_tokens          sampled tokens in whose row the trainer's own experts are not those that it replayed
     router/replay_effect_max_nats   largest change of their log-prob by the replay
     """
@@ -123,34 +125,29 @@ def case_metrics(cases: Sequence[Case], facts: Facts) -> dict[str, float]:
 
 def _causes(cases: Sequence[Case], facts: Facts) -> dict[str, float]:
     """Parts of policy - behavior, which add up."""
-    replayed = [case for case in cases if case.examined.replayed is not None] or cases
+    known = [case for case in cases if case.examined.replayed is not None] or cases
     passes = Passes(
-        behavior=_tokens(replayed, _behavior),
-        engine=_tokens_or_none(replayed, _engine),
-        replayed=_tokens_or_none(replayed, _replayed),
-        natural=_tokens(replayed, _natural),
-        policy=_tokens(replayed, lambda case: case.policy.logp),
-        version_gap=_gaps(replayed),
+        behavior=_tokens(known, _behavior),
+        engine=_tokens_or_none(known, _engine),
+        replayed=_tokens_or_none(known, _replayed if facts.router_replay == "engine" else _replayed_if_fresh),
+        natural=_tokens(known, _natural),
+        policy=_tokens(known, lambda case: case.policy.logp),
+        version_gap=_gaps(known),
         is_replayed=facts.router_replay == "engine",
     )
     parts = decompose(passes)
-    sequence = np.repeat(np.arange(len(replayed)), [int(case.sampled.sum()) for case in replayed])
-    whole = parts.by_sequence(sequence.astype(np.int32), len(replayed))
+    sequence = np.repeat(np.arange(len(known)), [int(case.sampled.sum()) for case in known])
+    whole = parts.by_sequence(sequence.astype(np.int32), len(known))
     numbers = {"nats": parts.means(), "share": parts.shares(), "seq_share": whole.shares()}
     return {f"cause/{part}_{name}": value for name, of in numbers.items() for part, value in of.items()}
 
 
 def _verdicts(cases: Sequence[Case], engine: Sequence[Case]) -> dict[str, float]:
-    """The routing share R, and the floor quotient Z.
-
-    R is of sequences without any older token: the experts of one that was resumed are those of older weights where it began.
-    """
+    """The routing share R, of fresh sequences, and the floor quotient Z."""
     found: dict[str, float | None] = {}
-    fresh = [case for case in cases if case.examined.replayed is not None and not _gaps([case]).any()]
-    if fresh:
-        found["cause/routing_r"] = routing_verdict(
-            *(_tokens(fresh, x) for x in (_natural, _replayed, _behavior))
-        )
+    if fresh := [case for case in cases if case.is_fresh and case.examined.replayed is not None]:
+        a, b, m = (_tokens(fresh, column) for column in (_natural, _replayed, _behavior))
+        found["cause/routing_r"] = routing_verdict(a, b, m)
     floor = token_gap(_tokens(cases, _natural), _tokens(cases, lambda case: case.examined.repeat))
     found["floor/k3_nats"] = floor["k3_nats"]
     found["floor/abs_mean_nats"] = floor["abs_mean_nats"]
@@ -181,27 +178,28 @@ def _same_weights_routers(cases: Sequence[Case], facts: Facts) -> dict[str, floa
 
 def _replay(cases: Sequence[Case], facts: Facts) -> dict[str, float]:
     """Flips that the trainer makes by itself against those that follow from earlier layers, and what replaying does."""
-    free = local = None
-    effects = list[Floats]()
+    gaps = list[tuple[RouterGap, RouterGap]]()
+    effects = [np.zeros(0, np.float32)]
     for case in cases:
         natural, replayed, behavior = case.examined.natural, case.examined.replayed, case.behavior_experts
         assert replayed is not None and replayed.experts is not None and natural.experts is not None
         assert behavior is not None, "there is nothing to replay without"
-        rows = case.is_fresh_row
-        a = RouterGap.of(natural.experts[rows], behavior[rows], facts.num_experts)
-        b = RouterGap.of(replayed.experts[rows], behavior[rows], facts.num_experts)
-        free, local = (a, b) if free is None or local is None else (free + a, local + b)
+        if case.is_fresh:
+            free, local = (
+                RouterGap.of(ours, behavior, facts.num_experts)
+                for ours in (natural.experts, replayed.experts)
+            )
+            gaps.append((free, local))
         flips = (expert_overlap(natural.experts[case.first_row :], behavior[case.first_row :]) < 1).any(-1)
         effects.append(np.abs(replayed.logp - natural.logp)[flips & case.sampled])
-    if free is None or local is None:
-        return {}
     effect = np.concatenate(effects)
-    found: dict[str, float | None] = {"router/replayed_tokens": float(len(effect))}
+    found: dict[str, float] = {"router/replayed_tokens": float(len(effect))} if cases else {}
     if len(effect):
         found["router/replay_effect_max_nats"] = float(effect.max())
-    if free.num_rows:
+    if gaps:
+        free, local = (functools.reduce(operator.add, column) for column in zip(*gaps, strict=True))
         found |= {f"router/{name}": value for name, value in cascade(free, local)[0].items()}
-    return finite_only(found)
+    return found
 
 
 def _behavior(case: Case) -> Floats:
@@ -218,6 +216,11 @@ def _engine(case: Case) -> Floats | None:
 
 def _replayed(case: Case) -> Floats | None:
     return None if case.examined.replayed is None else case.examined.replayed.logp
+
+
+def _replayed_if_fresh(case: Case) -> Floats | None:
+    """Experts of older weights do not tell router from engine: the two stay together, in the engine's part."""
+    return _replayed(case) if case.is_fresh or case.examined.replayed is None else _natural(case)
 
 
 def _gaps(cases: Sequence[Case]) -> Ints:

@@ -228,18 +228,14 @@ def test_evidence_of_the_run_holds_every_pass_and_they_agree(place):
     assert evidence.margin.shape == evidence.experts["natural"].shape[:2] and (evidence.margin >= 0).all()
     agree = np.sort(evidence.experts["natural"]) == np.sort(evidence.experts["engine"])
     assert agree.mean() > 0.999
-    is_stale = np.repeat(~fresh, 1).any()
-    assert is_stale and (evidence.experts["behavior"] != evidence.experts["engine"]).any()
 
 
-def test_causes_of_the_run_are_staleness_and_nothing_else(place):
+def test_the_log_names_the_causes_of_log_w_and_neither_engine_nor_router_is_one(place):
     records = [r for r in read_metrics(place / "rl" / "metrics.jsonl") if "cause/engine_nats" in r]
     assert {"time/examine_s", "floor/k3_nats", "router/mismatch", "router/margin_p50"} <= records[0].keys()
     assert all(record["sync/canary_expert_mismatch"] < 0.01 for record in records)
-    stale = [r for r in records if r["staleness/max_steps"] > 0]
     assert all(abs(record["cause/engine_nats"] + record["cause/routing_nats"]) < 1e-5 for record in records)
-    assert max(abs(record["cause/staleness_nats"]) for record in stale) > 1e-3
-    assert all(record["alerts/active"] <= 1 for record in records)
+    assert not (place / "rl" / "alerts.jsonl").read_text(), "a healthy run raised an alert"
 
 
 def test_rollout_files_explain_log_w_token_by_token(place):

@@ -32,7 +32,7 @@ from megatron_vespo.types import Doubles, Experts, Ints, Mask
 Kind = Literal["record", "semantics", "weights", "benign"]
 Z = 5.0
 """Standard errors that make a difference significant, with room for the many comparisons of one diagnosis."""
-_SYSTEMATIC = 0.2
+_SYSTEMATIC = 0.25
 """Share of a gap that is a function of the token alone: of rounding next to nothing, of other weights a third and more."""
 _SEQUENCES = 16
 """Whose tokens must use an expert, and whose must not, before it can be blamed."""

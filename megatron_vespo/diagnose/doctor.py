@@ -79,8 +79,13 @@ class Diagnosis:
         """The worst of all; a failure that was found breaks a run, whatever the levels and however little there is."""
         if any(cause.is_failure for cause in self.causes):
             return "broken"
-        worst = min((finding.level for finding in self.findings), key=WORST_FIRST.index)
+        worst: Verdict = min((finding.level for finding in self.findings), key=_severity)
         return worst if worst == "broken" or is_enough(self.examination) else "insufficient"
+
+
+def _severity(verdict: Verdict) -> int:
+    """The smaller the worse."""
+    return WORST_FIRST.index(verdict)
 
 
 def judge(evidence: Evidence) -> Diagnosis:
@@ -93,7 +98,7 @@ def judge(evidence: Evidence) -> Diagnosis:
         evidence=evidence,
         examination=examined,
         causes=diagnose(evidence, examined),
-        findings=sorted(findings, key=lambda finding: WORST_FIRST.index(finding.level)),
+        findings=sorted(findings, key=lambda finding: _severity(finding.level)),
         remarks=remarks,
     )
 
@@ -244,7 +249,7 @@ def _remarks(examined: Examination) -> list[str]:
 
 def _finding(axis: str, examined: Examination, condition: Condition, enough: bool) -> Finding:
     intervals = _intervals(examined)
-    judged: list[tuple[Verdict, str]] = []
+    judged = list[tuple[Verdict, str]]()
     for name in AXES[axis]:
         value = examined.metrics.get(name)
         if value is None:
@@ -253,14 +258,15 @@ def _finding(axis: str, examined: Examination, condition: Condition, enough: boo
         # Only what the scatter of the sequences leaves no doubt of counts against a run.
         levels = [found for x in (value, low, high) if (found := level(name, x, condition)) is not None]
         if levels:
-            judged.append((max(levels, key=WORST_FIRST.index), name))
+            best: Verdict = max(levels, key=_severity)
+            judged.append((best, name))
     if not judged:
         return Finding(
             axis=axis,
             level="insufficient" if axis == "engine" else "healthy",
             text=f"not judged: {_MISSING[axis]}",
         )
-    worst, name = min(judged, key=lambda item: WORST_FIRST.index(item[0]))
+    worst, name = min(judged, key=lambda item: _severity(item[0]))
     if not enough and axis != "structure" and worst != "healthy":
         worst = "insufficient"
     value, norm = examined.metrics[name], NORMS[name]

@@ -90,7 +90,7 @@ def _gaps(figure: Figure, examined: Examination) -> None:
         axes.stairs(heights, 10**decades, color=color, label=label, linewidth=1.6)
     axes.set(xscale="log", xlabel="|d|, nats", ylabel="tokens")
     used = np.flatnonzero(counts.sum(0))
-    axes.set_xlim(edges[used[0]] / 2, edges[used[-1] + 1] * 2)
+    axes.set_xlim(float(edges[used[0]]) / 2, float(edges[used[-1] + 1]) * 2)
     axes.legend()
 
 
@@ -110,7 +110,7 @@ def _exceedance(figure: Figure, examined: Examination) -> None:
         ylabel="share of tokens with |d| > x",
     )
     used = np.flatnonzero(counts.sum(0))
-    axes.set_xlim(min(edges[used[0]], 0.1), max(edges[used[-1] + 1], 3))
+    axes.set_xlim(min(float(edges[used[0]]), 0.1), max(float(edges[used[-1] + 1]), 3))
     axes.set_ylim(0.5 / num, 1.0)
 
 
@@ -238,7 +238,7 @@ def _dose(figure: Figure, examined: Examination) -> None:
         xlabel="layers whose experts differ",
         ylabel="mean |d|, nats",
     )
-    for x, row in zip(place, rows, strict=True):
+    for x, row in enumerate(rows):
         axes.text(
             x, row["abs_mean_nats"], f"{row['k2_share']:.0%} of sum d²", fontsize=7, ha="center", va="bottom"
         )
@@ -286,7 +286,7 @@ def _parts(figure: Figure, examined: Examination) -> None:
     axes = figure.subplots()
     place, colors = np.arange(len(rows)), [_PARTS.get(row["part"], GREY) for row in rows]
     axes.barh(place, [row["square_share"] for row in rows], color=colors)
-    for y, row in zip(place, rows, strict=True):
+    for y, row in enumerate(rows):
         x = row["square_share"]
         text = f" {x:.0%}, mean {row['nats']:+.1e} nats a token "
         axes.text(max(x, 0), y, text, va="center", fontsize=8)

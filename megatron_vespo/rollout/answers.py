@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_vespo.rollout.failures import Unusable
 from megatron_vespo.rollout.model import ModelFacts
+from megatron_vespo.routes import narrowest
 from megatron_vespo.types import Experts, Floats, Ints, Scored, VersionSpan
 
 
@@ -283,11 +284,11 @@ def _experts(meta: Mapping[str, Any], num_rows: int, facts: ModelFacts) -> Exper
     experts, last = flat.reshape(shape), facts.num_experts - 1
     if len(facts.router_layers) < facts.num_layers:
         experts = experts[:, list(facts.router_layers)]
-    if not num_rows:
-        return experts.astype(np.int16)
-    if not _within(experts, last + 1):
+    if num_rows and not _within(experts, last + 1):
         raise Unusable(f"expert ids {experts.min()}..{experts.max()}: expected 0..{last}")
-    experts = experts.astype(np.int16)
+    experts = experts.astype(narrowest(facts.num_experts))
+    if not num_rows:
+        return experts
     # A layer that nobody recorded comes as zeros: the same expert twice in one row.
     repeated = np.zeros(shape[:1] + experts.shape[1:2], np.bool_)
     for one, other in combinations(np.moveaxis(experts, -1, 0).copy(), 2):

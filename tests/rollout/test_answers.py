@@ -72,7 +72,7 @@ def test_a_good_answer_becomes_a_part():
     assert part.spans == (VersionSpan(version=3, start=0, end=1), VersionSpan(version=4, start=1, end=3))
     assert part.finish_reason == "stop"
     assert part.text == "ab"
-    assert part.experts.dtype == np.int16
+    assert part.experts.dtype == np.uint8
     assert part.experts.tolist() == [[[p, p + 1], [7, p]] for p in range(4)]
     assert parse(ANSWER, record=False).experts is None
 

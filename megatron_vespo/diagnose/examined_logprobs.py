@@ -324,10 +324,20 @@ def _told(aligned: Aligned, pair: Pair, at: int, flips_RL: Mask | None) -> Row:
     }  # fmt: skip
 
 
+def _is_fresh(aligned: Aligned) -> Mask:
+    """[S] tokens of sequences without any older token: else the replayed experts are, at their beginning, of older weights."""
+    num_stale_B = np.bincount(aligned.sequence_S, aligned.is_stale_S, len(aligned.evidence.num_response))
+    return num_stale_B[aligned.sequence_S] == 0
+
+
 def _decompositions(aligned: Aligned) -> list[tuple[str, str, Decomposition, Ints]]:
     """(gap, prefix, parts, sequence of its tokens) of P - M, and of A - M where that is another gap."""
     e = aligned.evidence
-    columns = {"engine": e.engine_logp, "replayed": e.replayed_logp, "natural": e.natural_logp}
+    is_replayed, replayed = e.facts.router_replay == "engine", e.replayed_logp
+    if replayed is not None and e.natural_logp is not None and not is_replayed:
+        # Experts of older weights say nothing of the router: for their sequences routing stays a part of the engine.
+        replayed = np.where(_is_fresh(aligned), replayed, e.natural_logp)
+    columns = {"engine": e.engine_logp, "replayed": replayed, "natural": e.natural_logp}
     present = {name: x for name, x in columns.items() if x is not None}
     chosen = e.is_sampled & np.isfinite(e.behavior_logp) & np.isfinite(e.policy_logp)
     for x in present.values():
@@ -338,7 +348,7 @@ def _decompositions(aligned: Aligned) -> list[tuple[str, str, Decomposition, Int
         behavior=e.behavior_logp[chosen],
         policy=e.policy_logp[chosen],
         version_gap=None if e.version_gap is None else e.version_gap[chosen],
-        is_replayed=e.facts.router_replay == "engine",
+        is_replayed=is_replayed,
         **{name: x[chosen] for name, x in present.items()},
     )
     sequence = aligned.sequence_S[chosen]
@@ -372,10 +382,7 @@ def _same_weights_passes(aligned: Aligned) -> tuple[Floats, Floats, Floats, Ints
     if e.natural_logp is None or e.replayed_logp is None:
         return None
     columns = (e.natural_logp, e.replayed_logp, e.behavior_logp)
-    # Of sequences without any older token: the experts of one that was resumed are those of older weights where it began.
-    num_stale_B = np.bincount(aligned.sequence_S, aligned.is_stale_S, len(e.num_response))
-    is_fresh_S = num_stale_B[aligned.sequence_S] == 0
-    chosen = e.is_sampled & is_fresh_S & np.all([np.isfinite(x) for x in columns], axis=0)
+    chosen = e.is_sampled & _is_fresh(aligned) & np.all([np.isfinite(x) for x in columns], axis=0)
     if not chosen.any():
         return None
     return columns[0][chosen], columns[1][chosen], columns[2][chosen], aligned.sequence_S[chosen]

@@ -239,7 +239,8 @@ def _missing_rows(case: _Case) -> Cause | None:
         "duplicate_fraction": "with an expert twice", "constant_row_fraction": "the same in all layers",
     }  # fmt: skip
     shares = {words: case.metric(f"structure/{key}") for key, words in kinds.items()}
-    found = {words: share for words, share in shares.items() if share > 0}
+    by_chance = {kinds["constant_row_fraction"]: 0.01}  # of few layers and experts
+    found = {words: share for words, share in shares.items() if share > by_chance.get(words, 0)}
     if not found:
         return None
     text = ", ".join(f"{share:.1%} {words}" for words, share in found.items())

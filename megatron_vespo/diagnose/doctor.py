@@ -16,9 +16,9 @@ from megatron_vespo.diagnose.causes import Cause, diagnose
 from megatron_vespo.diagnose.examination import Examination, examine
 from megatron_vespo.evidence import Evidence, read_evidence
 
-Verdict = Literal["broken", "warn", "insufficient", "healthy"]
-WORST_FIRST: tuple[Verdict, ...] = ("broken", "warn", "insufficient", "healthy")
-EXIT_STATUS: Mapping[Verdict, int] = {"healthy": 0, "warn": 1, "broken": 2, "insufficient": 3}
+Verdict = Literal["broken", "warn", "insufficient", "healthy", "unknown"]
+WORST_FIRST: tuple[Verdict, ...] = ("broken", "warn", "insufficient", "healthy", "unknown")
+EXIT_STATUS: Mapping[Verdict, int] = {"healthy": 0, "unknown": 0, "warn": 1, "broken": 2, "insufficient": 3}
 LEAST_SEQUENCES, LEAST_TOKENS = 16, 2000
 """Below either there is no verdict but on the record and on failures that are found all the same."""
 WANTED_TOKENS = 16_384
@@ -30,10 +30,10 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "semantics": ("semantics/bf16_behavior_fraction",),
     "engine": (
         "mismatch/k3_nats", "mismatch/abs_mean_nats", "mismatch/k1_nats", "mismatch/mult_err", "mismatch/prob_abs_mean",
-        "mismatch/pearson", "mismatch/f_2", "mismatch/ess_token", "mismatch/seq_outlier_fraction", "cause/floor_z",
+        "mismatch/pearson", "mismatch/f_2", "mismatch/ess_token", "mismatch/seq_outlier_fraction",
     ),
-    "routing": ("router/mismatch", "router/overlap", "router/local", "router/far_flip_fraction", "router/zero_overlap_fraction"),
-    "staleness": ("total/phi_pos_mean", "total/ess_seq"),
+    "routing": ("router/mismatch", "router/overlap", "router/local", "router/zero_overlap_fraction"),
+    "staleness": ("total/phi_pos_mean",),
     "sequence budget": ("mismatch/seq_budget_nats",),
 }  # fmt: skip
 _MISSING = {
@@ -153,8 +153,11 @@ def exit_status(verdict: Verdict, fail_on: Verdict | None) -> int:
 def check_structure(evidence: Evidence) -> tuple[bool, str]:
     """Whether the record passes every structure test, and each test in a line, failures first."""
     rows = examine(evidence).tables.get("structure", [])
-    if not rows:
-        return False, f"{evidence.name}: nothing to test; record the experts of both engines"
+    if not evidence.experts:
+        return (
+            False,
+            f"{evidence.name}: no experts are recorded, so there are no routes to test; record those of both engines",
+        )
     rows = sorted(rows, key=lambda row: bool(row["passed"]))
     lines = [
         f"{'passed' if row['passed'] else 'FAILED'}  {row['test']:24s} {row['source']:28s} {row['value']:<10.4g} {row['detail']}"
@@ -186,8 +189,9 @@ def compare(before: Diagnosis, after: Diagnosis) -> str:
         lines.append(
             f"  {name:34s} {value:12.3g} {value2:12.3g}   {low:.3g} .. {high:.3g} | {low2:.3g} .. {high2:.3g}  {moved}"
         )
-    lines += ["", *_moved_parts(before.examination, after.examination)]
-    return "\n".join(lines)
+    if not any(line.endswith("moved") for line in lines):
+        return "\n".join([*lines, "", "  no number moved by more than chance"])
+    return "\n".join([*lines, "", *_moved_parts(before.examination, after.examination)])
 
 
 def _moved_parts(before: Examination, after: Examination) -> list[str]:
@@ -263,7 +267,7 @@ def _finding(axis: str, examined: Examination, condition: Condition, enough: boo
     if not judged:
         return Finding(
             axis=axis,
-            level="insufficient" if axis == "engine" else "healthy",
+            level="insufficient" if axis == "engine" else "unknown",
             text=f"not judged: {_MISSING[axis]}",
         )
     worst, name = min(judged, key=lambda item: _severity(item[0]))

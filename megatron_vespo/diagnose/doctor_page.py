@@ -15,7 +15,7 @@ from megatron_vespo.diagnose.page import facts_list, missing, page, section, tab
 from megatron_vespo.evidence import Evidence
 from megatron_vespo.rundir import write_atomically
 
-LEVELS = {"healthy": "good", "warn": "watch", "broken": "bad", "insufficient": "watch"}
+LEVELS = {"healthy": "good", "warn": "watch", "broken": "bad", "insufficient": "watch", "unknown": "watch"}
 """The page's colour of each level."""
 _SHOWN_TOKENS = 24
 """Of the extreme tokens."""

@@ -77,7 +77,7 @@ def test_too_little_data_gives_no_verdict_on_levels():
     )  # fmt: skip
     diagnosis = judge(small)
     assert "insufficient data" in diagnosis.remarks[0]
-    assert all(finding.level in ("insufficient", "healthy") for finding in diagnosis.findings)
+    assert all(finding.level in ("insufficient", "healthy", "unknown") for finding in diagnosis.findings)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,20 @@ def test_a_comparison_names_the_part_that_moved(healthy):
     noisier = judge(World(1, noise=5e-3).evidence())
     text = compare(healthy, noisier)
     assert re.search(r"mismatch/k3_nats .* moved", text) and "what moved most" in text
-    assert " moved" not in compare(healthy, healthy)
+    assert "no number moved" in compare(healthy, healthy)
+
+
+@pytest.mark.parametrize("seed", range(2, 8))
+def test_no_healthy_pair_is_called_broken(seed):
+    assert judge(World(seed).evidence()).level != "broken"
+
+
+def test_what_is_not_recorded_is_unknown_and_routes_that_are_not_there_fail(healthy):
+    none = np.zeros_like(healthy.evidence.is_routed)
+    bare = replace(healthy.evidence, experts={}, is_routed=none, margin=None, replayed_logp=None)
+    found = {finding.axis: finding.level for finding in judge(bare).findings}
+    assert found["routing"] == "unknown" and found["engine"] != "unknown"
+    assert not check_structure(bare)[0]
 
 
 def test_a_page_is_whole_in_itself_and_says_what_is_missing(healthy, shifted, tmp_path):

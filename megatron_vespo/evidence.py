@@ -367,7 +367,7 @@ _EXPECTED = {
     "text": "a text for each sequence",
     "experts": "bytes of routes.py, base64 of int32, or lists",
     "bytes": "bytes",
-    "list": "a list for each sequence",
+    "list": "a list of numbers for each sequence",
 }
 
 
@@ -383,15 +383,19 @@ def _fits(ours: str, type_: pa.DataType) -> bool:
     is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
     is_bytes = pa.types.is_binary(type_) or pa.types.is_large_binary(type_)
     is_text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
-    is_number = pa.types.is_integer(type_) or pa.types.is_floating(type_)
+    is_number = _is_number(type_)
     fitting = {
         "number": is_number,
         "text": is_text or is_number,
         "experts": is_bytes or is_text or is_list,
         "bytes": is_bytes,
-        "list": is_list and not pa.types.is_nested(type_.value_type),
+        "list": is_list and _is_number(type_.value_type),
     }
     return fitting[_kind(ours)] or pa.types.is_null(type_)
+
+
+def _is_number(type_: pa.DataType) -> bool:
+    return (pa.types.is_primitive(type_) and not pa.types.is_temporal(type_)) or pa.types.is_null(type_)
 
 
 def _facts(path: Path, schema: pa.Schema) -> Facts:
@@ -500,6 +504,11 @@ class _Row:
             "replayed_logp" if facts.router_replay == "engine" else "natural_logp", values["policy_logp"]
         )
         versions, trained = self._of_response("versions"), self._values.get("train_version")
+        experts = {
+            name.removesuffix("_experts"): self._experts(name, facts.num_experts, experts_shape)
+            for name in _EXPERTS
+            if name in self._values
+        }
         return _Sequence(
             tokens=self._tokens[self._kept].astype(np.int32),
             sampled=sampled,
@@ -507,12 +516,8 @@ class _Row:
             version_gap=None
             if versions is None or trained is None
             else (trained - versions).astype(np.int32),
-            experts={
-                name.removesuffix("_experts"): self._experts(name, facts.num_experts, experts_shape)
-                for name in _EXPERTS
-                if name in self._values
-            },
-            margin=self._margin(),
+            experts=experts,
+            margin=self._margin(next((of.shape[1] for of in experts.values()), None)),
             numbers={name: self._values[name] for name in ("step", *_NUMBERS) if name in self._values},
             uid=self._text("uid"),
             text=self._text("response_text"),
@@ -588,15 +593,19 @@ class _Row:
             )
         return experts[np.flatnonzero(self._kept)[:-1]]
 
-    def _margin(self) -> Floats | None:
+    def _margin(self, num_layers: int | None) -> Floats | None:
+        """[N - 1, L] without padding; None without the experts that it is of."""
         value, num_rows = self._values.get("margin"), len(self._tokens) - 1
-        if value is None or not num_rows:
+        if value is None or num_layers is None:
             return None
-        if len(value) % (2 * num_rows):
+        if len(value) != 2 * num_rows * num_layers:
             raise self._error(
-                "margin", f"{len(value)} bytes", f"float16 for each of {num_rows} tokens and each layer"
+                "margin",
+                f"{len(value)} bytes",
+                f"float16 for each of {num_rows} tokens and {num_layers} layers, {2 * num_rows * num_layers} bytes",
             )
-        return np.frombuffer(value, np.float16).reshape(num_rows, -1).astype(np.float32)
+        margin = np.frombuffer(value, np.float16).reshape(num_rows, num_layers).astype(np.float32)
+        return margin[np.flatnonzero(self._kept)[:-1]]
 
     def _text(self, name: str) -> str | None:
         value = self._values.get(name)

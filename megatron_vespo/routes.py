@@ -73,6 +73,8 @@ def encode(experts_RLK: NDArray[np.integer[Any]], num_experts: int, *, ordered: 
         raise RunError(
             f"experts = {experts.dtype} {list(experts.shape)}: expected whole numbers [rows, layers, experts]"
         )
+    if num_experts > 1 << 16:
+        raise RunError(f"num_experts = {num_experts}: expected at most 65536, what uint16 holds")
     experts, missing = without_sentinels(experts)
     header = Header(
         num_rows=experts.shape[0],

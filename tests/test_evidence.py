@@ -128,6 +128,18 @@ def test_a_padded_dump_of_verl_is_read(tmp_path):
     assert (read.policy_logp == one["policy_logp"]).all()
 
 
+def test_padding_is_taken_out_of_margins_as_out_of_experts(tmp_path):
+    one, pad = row(), 2
+    margin = np.arange((pad + P + T - 1) * L, dtype=np.float16).reshape(-1, L)
+    experts = np.concatenate([np.zeros((pad, L, K), int), one["natural_experts"]])
+    file = dump(tmp_path, {
+        "prompt_ids": [[0] * pad + one["prompt_ids"].tolist()], "response_ids": [one["response_ids"]],
+        "attention_mask": [[0] * pad + [1] * (P + T)], "behavior_logp": [one["behavior_logp"]],
+        "policy_logp": [one["policy_logp"]], "natural_experts": [experts.tolist()], "margin": [margin.tobytes()],
+    })  # fmt: skip
+    assert (read_evidence(file).margin == margin[pad:]).all()
+
+
 def test_a_dump_of_nemo_rl_is_read(tmp_path):
     one, whole = row(), np.zeros(P, np.float32)
     file = dump(tmp_path, {
@@ -164,6 +176,8 @@ def test_any_other_name_can_be_said(tmp_path):
         ),
         ({"engine_logp": np.zeros(2, np.float32)}, "engine_logp.*2 values"),
         ({"natural_experts": np.zeros((3, L, K), int)}, "natural_experts.*3 rows"),
+        ({"margin": np.zeros((P + T - 1, L - 1))}, "margin.*12 bytes.*24 bytes"),
+        ({"margin": np.zeros((2 * (P + T - 1), L))}, "margin.*48 bytes.*24 bytes"),
     ],
 )
 def test_values_that_cannot_be_are_refused_with_their_place(tmp_path, changes, message):
@@ -180,6 +194,12 @@ def test_what_is_no_evidence_is_refused(tmp_path):
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(RunError, match="no parquet file"):
         read_evidence(tmp_path / "torn.parquet")
+
+
+def test_lists_of_text_are_no_log_probs(tmp_path):
+    columns = {"response_ids": [[1, 2]], "behavior_logp": [["-0.5", "-1"]], "policy_logp": [[-0.5, -1.0]]}
+    with pytest.raises(ConfigError, match=r"behavior_logp.*string.*list of numbers"):
+        read_evidence(dump(tmp_path, columns))
 
 
 def test_files_of_two_models_are_refused(tmp_path):

@@ -63,6 +63,11 @@ def test_an_expert_that_does_not_exist_is_refused():
         routes.encode(np.full((1, 1, 1), 8), 8)
 
 
+def test_more_experts_than_the_format_holds_are_refused():
+    with pytest.raises(RunError, match="65536"):
+        routes.encode(np.full((1, 1, 1), 65536), 65537)
+
+
 def test_what_sglang_sends_is_read_as_it_is():
     experts = choices(1, 6, 3, 2, 16)
     text = base64.b64encode(experts.astype("<i4").tobytes()).decode()

@@ -38,6 +38,12 @@ class Norm:
     def bounds_for(self, condition: Condition) -> Bounds | None:
         return self.variants.get(condition, self.bounds)
 
+    def limits(self, condition: Condition) -> Bounds:
+        """The bounds of a metric that is known to have some."""
+        bounds = self.bounds_for(condition)
+        assert bounds is not None, "an informational metric"
+        return bounds
+
 
 _ENGINE_STEP = (
     "see the causes: routing asks for router replay, decode for another attention back-end or batch-invariant kernels, engine for a "

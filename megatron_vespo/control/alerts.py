@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from megatron_vespo.algo.norms import NORMS
 from megatron_vespo.config import TrainConfig
 
 Metrics = Mapping[str, Any]
@@ -24,9 +25,9 @@ DEAD_SHARE = 0.5
 JUMP, JUMP_FLOOR_NATS, JUMP_HISTORY = 3.0, 1e-3, 3
 """The canary's |d| against the median of earlier syncs (a missed push made 13-fold of it), the least that counts as one in
 float32, where healthy canaries are rounding, and the least number of earlier syncs."""
-K3_LIMIT_NATS = 1e-2
+_, K3_LIMIT_NATS = NORMS["mismatch/k3_nats"].limits("moe")
 """Qwen3-30B-A3B in bfloat16: 1.5e-3 between SGLang and Megatron; 1.3e-2 was seen before a collapse."""
-ROUTER_LIMIT = 0.3
+_, ROUTER_LIMIT = NORMS["router/mismatch"].limits("moe")
 """Of (token, layer): about 0.1 is noise."""
 GROWTH, GROWTH_FLOOR_NATS, FIRST_STEPS = 5.0, 1e-5, 10
 """k3 against the median of this run's first steps, and what is too small to matter."""

@@ -69,18 +69,25 @@ class Case:
 
     def columns(self) -> dict[str, Any]:
         """Of an evidence file, over those of a rollout file."""
-        natural, replayed = self.examined.natural, self.examined.replayed
         return {
-            "natural_logp": natural.logp,
-            "repeat_logp": self.examined.repeat,
-            "replayed_logp": None if replayed is None else replayed.logp,
-            "entropy": natural.entropy,
+            **trainer_columns(self.examined),
             "behavior_experts": self.behavior_experts,
             "engine_experts": None if self.engine is None else self.engine.experts,
-            "natural_experts": natural.experts,
-            "shadow_experts": None if replayed is None else replayed.experts,
-            "margin": self.examined.margin,
         }
+
+
+def trainer_columns(examined: Examined) -> dict[str, Any]:
+    """What the trainer's passes say of one sequence, by column of an evidence file."""
+    natural, replayed = examined.natural, examined.replayed
+    return {
+        "natural_logp": natural.logp,
+        "repeat_logp": examined.repeat,
+        "replayed_logp": None if replayed is None else replayed.logp,
+        "entropy": natural.entropy,
+        "natural_experts": natural.experts,
+        "shadow_experts": None if replayed is None else replayed.experts,
+        "margin": examined.margin,
+    }
 
 
 def facts_of(cfg: TrainConfig, shape: ModelShape, run: RunDirectory) -> Facts:

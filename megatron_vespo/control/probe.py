@@ -19,11 +19,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from megatron_vespo.algo.routers import expert_overlap
 from megatron_vespo.config import AlgorithmConfig, ConfigError, OptimizerConfig, TrainerConfig
 from megatron_vespo.control import session
 from megatron_vespo.control.actors import PolicySpec, TrainerGroup
 from megatron_vespo.control.checkpoints import Checkpoint, find_checkpoint
 from megatron_vespo.control.cluster import Cluster
+from megatron_vespo.control.examination import trainer_columns
 from megatron_vespo.data.prompts import load_questions, load_tokenizer
 from megatron_vespo.evidence import Facts, write_evidence
 from megatron_vespo.rollout.client import open_pool
@@ -194,7 +196,7 @@ def _own_noise(engine: _Asked) -> str:
     gap = np.concatenate([a.logp - b.logp for a, b in zip(engine.scored, engine.again, strict=True)])
     text = f"|log-prob gap| {np.abs(gap).mean():.1e} nats on average, at most {np.abs(gap).max():.1e}"
     flips = [
-        (np.sort(a.experts, -1) != np.sort(b.experts, -1)).any(-1).ravel()
+        (expert_overlap(a.experts, b.experts) < 1).ravel()
         for a, b in zip(engine.scored, engine.again, strict=True)
         if a.experts is not None and b.experts is not None
     ]
@@ -274,12 +276,6 @@ def _rows(engine: _Asked, examined: Sequence[Examined]) -> list[dict[str, Any]]:
             "engine_logp": scored.logp,
             "engine_experts": scored.experts,
             "policy_logp": trainer.natural.logp,
-            "natural_logp": trainer.natural.logp,
-            "natural_experts": trainer.natural.experts,
-            "repeat_logp": trainer.repeat,
-            "entropy": trainer.natural.entropy,
-            "replayed_logp": trainer.replayed.logp if trainer.replayed else None,
-            "shadow_experts": trainer.replayed.experts if trainer.replayed else None,
-            "margin": trainer.margin,
+            **trainer_columns(trainer),
         })  # fmt: skip
     return rows

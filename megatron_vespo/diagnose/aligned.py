@@ -45,7 +45,7 @@ class Aligned:
     @cached_property
     def position_S(self) -> Ints:
         """Place of each token in its response."""
-        return _places(self.evidence.num_response)
+        return within(self.evidence.num_response)
 
     @cached_property
     def is_stale_S(self) -> Mask:
@@ -126,7 +126,7 @@ class Aligned:
     @cached_property
     def position_R(self) -> Ints:
         """Place in its sequence of the token that each row processed."""
-        return _places(self._num_rows)
+        return within(self._num_rows)
 
     @cached_property
     def is_prompt_R(self) -> Mask:
@@ -205,7 +205,7 @@ class Aligned:
         return float((loads[0] * loads[1]).sum(1).mean() / self.experts[first].shape[-1])
 
 
-def _places(num_N: Ints) -> Ints:
+def within(num_N: Ints) -> Ints:
     """0, 1, ... num - 1 for each, one after the other."""
     start = np.repeat(np.cumsum(num_N) - num_N, num_N)
     return (np.arange(len(start)) - start).astype(np.int32)

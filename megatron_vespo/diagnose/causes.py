@@ -16,6 +16,8 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_vespo.algo.mismatch import bf16_fraction
+from megatron_vespo.algo.norms import NORMS
 from megatron_vespo.diagnose.examination import Examination, Row
 from megatron_vespo.diagnose.signs import (
     Rows,
@@ -270,8 +272,8 @@ def _coarse_logp(case: _Case) -> Cause | None:
 
 def _bfloat16_share(logp: np.ndarray) -> float:
     """Of values other than 0 whose float32 has no bit that bfloat16 lacks; 0 for too few to tell."""
-    values = logp[np.isfinite(logp) & (logp != 0)].astype(np.float32)
-    return float((values.view(np.uint32) & 0xFFFF == 0).mean()) if len(values) >= 50 else 0.0
+    values = logp[np.isfinite(logp) & (logp != 0)]
+    return (bf16_fraction(values) or 0.0) if len(values) >= 50 else 0.0
 
 
 def _temperature(case: _Case) -> Cause | None:
@@ -536,9 +538,9 @@ def _explained(uses: Mask, square: Doubles) -> float:
 def _healthy_k3(case: _Case) -> float:
     """k3 that needs no explanation, nats."""
     facts = case.evidence.facts
-    if facts.trainer_dtype == facts.engine_dtype == "float32":
-        return 1e-6
-    return 2e-3 if case.rows.flips.shape[1] else 1e-3
+    is_float32 = facts.trainer_dtype == facts.engine_dtype == "float32"
+    condition = "float32" if is_float32 else "moe" if case.rows.flips.shape[1] else "dense"
+    return NORMS["mismatch/k3_nats"].limits(condition)[0]
 
 
 # What healthy runs have more or less of

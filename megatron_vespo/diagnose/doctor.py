@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vespo.algo.norms import NORMS, Condition, level
+from megatron_vespo.diagnose.aligned import Aligned
 from megatron_vespo.diagnose.causes import Cause, diagnose
 from megatron_vespo.diagnose.examination import Examination, examine
+from megatron_vespo.diagnose.examined_experts import structure
 from megatron_vespo.evidence import Evidence, read_evidence
 
 Verdict = Literal["broken", "warn", "insufficient", "healthy", "unknown"]
@@ -152,12 +154,12 @@ def exit_status(verdict: Verdict, fail_on: Verdict | None) -> int:
 
 def check_structure(evidence: Evidence) -> tuple[bool, str]:
     """Whether the record passes every structure test, and each test in a line, failures first."""
-    rows = examine(evidence).tables.get("structure", [])
     if not evidence.experts:
         return (
             False,
             f"{evidence.name}: no experts are recorded, so there are no routes to test; record those of both engines",
         )
+    rows = structure(Aligned(evidence))[1]["structure"]
     rows = sorted(rows, key=lambda row: bool(row["passed"]))
     lines = [
         f"{'passed' if row['passed'] else 'FAILED'}  {row['test']:24s} {row['source']:28s} {row['value']:<10.4g} {row['detail']}"

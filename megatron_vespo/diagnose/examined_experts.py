@@ -49,7 +49,8 @@ _NUM_EXPERTS = 32
 def router(aligned: Aligned, choices: Choices) -> tuple[dict[str, float], dict[str, list[Row]], Arrays]:
     """Metrics (without prefix), tables and arrays of the router pair."""
     flip_RL, rows = aligned.flips(choices.first, choices.second), choices.rows
-    gap = aligned.gap(choices)
+    gap = aligned.router_gap
+    assert gap is not None, "choices are the router pair"
     layers = gap.layers()
     metrics = gap.statistics() | _by_place(aligned, flip_RL, rows) | _between_columns(aligned, layers)
     arrays = {

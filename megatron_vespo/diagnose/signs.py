@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vespo.diagnose.aligned import Aligned, within
 from megatron_vespo.evidence import Evidence
 from megatron_vespo.types import Doubles, Experts, Ints, Mask
 
-Longs = NDArray[np.int64]
 _ENOUGH = 16
 """Sequences without a weight push in between; after one, tokens still hang on what older weights left in the cache."""
 
@@ -26,7 +26,7 @@ class Tokens:
     sequence: Ints
     token: Ints
     """Ids."""
-    row: Longs
+    row: Ints
     """Of R: what the log-prob hangs on; -1 where the sequence has no routes."""
     is_new: Mask
     """The first time that this token came after exactly this context; engines that repeat themselves say nothing new after that."""
@@ -79,7 +79,8 @@ class Rows:
 
 def tokens_of(evidence: Evidence) -> Tokens:
     """The sampled tokens of sequences that the trainer's own weights sampled; where those are few, of parts of sequences too."""
-    sequence = evidence.sequence_of_token
+    aligned = Aligned(evidence)
+    sequence = aligned.sequence_S
     whole = _fresh_sequences(evidence)
     if whole.sum() >= _ENOUGH or evidence.version_gap is None:
         fresh = evidence.is_sampled & whole[sequence]
@@ -93,9 +94,9 @@ def tokens_of(evidence: Evidence) -> Tokens:
 
     return Tokens(
         sequence=sequence[fresh],
-        token=evidence.tokens[_token_index(evidence)[fresh]],
-        row=_row_index(evidence)[fresh],
-        is_new=_is_new(evidence, fresh),
+        token=evidence.tokens[aligned.token_S[fresh]],
+        row=np.where(evidence.num_prompt[sequence] > 0, aligned.row_S, -1)[fresh],
+        is_new=_is_new(aligned, fresh),
         behavior=column(evidence.behavior_logp),
         engine=column(evidence.engine_logp),
         trainer=column(trainer),
@@ -107,17 +108,15 @@ def tokens_of(evidence: Evidence) -> Tokens:
 
 def rows_of(evidence: Evidence) -> Rows:
     """The rows of all routed sequences."""
-    sequences = np.flatnonzero(evidence.is_routed)
-    counts = np.maximum(evidence.num_prompt + evidence.num_response - 1, 0)[sequences]
-    sequence = np.repeat(sequences, counts).astype(np.int32)
-    position = _within(counts)
+    aligned = Aligned(evidence)
+    sequence = aligned.sequence_R
     known = evidence.experts
     trainer = known.get("natural", known.get("shadow"))
     shape = next(iter(known.values())).shape[:2] if known else (len(sequence), 0)
     return Rows(
         sequence=sequence,
-        position=position,
-        from_end=evidence.num_prompt[sequence] - 1 - position,
+        position=aligned.position_R,
+        from_end=-aligned.prompt_end_R,
         is_fresh=_fresh_sequences(evidence)[sequence],
         trainer=trainer,
         flips=_flips(trainer, known.get("behavior"), shape),
@@ -168,16 +167,16 @@ def share_by_token(gap: Doubles, tokens: Tokens) -> tuple[float, float]:
     return (between - within) / (between + (typical - 1) * within), (between / within - 1) / error
 
 
-def _is_new(evidence: Evidence, chosen: Mask) -> Mask:
+def _is_new(aligned: Aligned, chosen: Mask) -> Mask:
     """[n] by a hash of the prefix that each chosen token ends."""
+    evidence = aligned.evidence
     length = evidence.num_prompt + evidence.num_response
     random = np.random.default_rng(0).integers(1, 2**63, int(evidence.tokens.max(initial=0)) + 1, np.uint64)
     powers = np.cumprod(np.full(int(length.max(initial=1)), 0x9E3779B97F4A7C15, np.uint64))
-    sums = np.cumsum(random[evidence.tokens] * powers[_within(length)], dtype=np.uint64)
+    sums = np.cumsum(random[evidence.tokens] * powers[within(length)], dtype=np.uint64)
     begin = np.cumsum(length, dtype=np.int64) - length
     before = np.where(begin > 0, sums[begin - 1], np.uint64(0))
-    index = _token_index(evidence)[chosen]
-    prefix = sums[index] - before[evidence.sequence_of_token[chosen]]
+    prefix = sums[aligned.token_S[chosen]] - before[aligned.sequence_S[chosen]]
     is_new = np.zeros(len(prefix), bool)
     is_new[np.unique(prefix, return_index=True)[1]] = True
     return is_new
@@ -195,24 +194,3 @@ def _fresh_sequences(evidence: Evidence) -> Mask:
         return np.ones(len(evidence.num_response), bool)
     stale = evidence.sequence_of_token[evidence.version_gap != 0]
     return np.bincount(stale, minlength=len(evidence.num_response)) == 0
-
-
-def _token_index(evidence: Evidence) -> Longs:
-    """[S] where each response token stands in evidence.tokens."""
-    begin = np.cumsum(evidence.num_prompt + evidence.num_response, dtype=np.int64) - evidence.num_response
-    return np.repeat(begin, evidence.num_response) + _within(evidence.num_response)
-
-
-def _row_index(evidence: Evidence) -> Longs:
-    """[S] the row that each response token's log-prob hangs on; -1 without one."""
-    counts = np.where(evidence.is_routed, evidence.num_prompt + evidence.num_response - 1, 0)
-    begin = np.cumsum(counts, dtype=np.int64) - counts + evidence.num_prompt - 1
-    rows = np.repeat(begin, evidence.num_response) + _within(evidence.num_response)
-    known = np.repeat(evidence.is_routed & (evidence.num_prompt > 0), evidence.num_response)
-    return np.where(known, rows, -1)
-
-
-def _within(counts: NDArray[np.integer]) -> Ints:
-    """0, 1, .. of each: [2, 3] -> [0, 1, 0, 1, 2]."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    return (np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)).astype(np.int32)

@@ -12,13 +12,10 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_vespo.algo.norms import NORMS
 from megatron_vespo.diagnose.history import History
 
 Level = Literal["good", "watch", "bad"]
-
-_K3_NORMAL = {"float32": (1e-6, 1e-4), "bfloat16": (2e-3, 1e-2)}
-"""k3 in nats: normal below the first, wrong above the second. bfloat16: Qwen3-30B-A3B between SGLang and Megatron
-shows 1.5e-3 without replayed routing; float32 leaves rounding and a rare flipped expert."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def _mismatch(history: History) -> Verdict | None:
         return None
     dtypes = {history.setting("trainer.dtype", "bfloat16"), history.setting("rollout.dtype", "bfloat16")}
     dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
-    normal, wrong = _K3_NORMAL[dtype]
+    normal, wrong = NORMS["mismatch/k3_nats"].limits("float32" if dtype == "float32" else "moe")
     now = _late(k3)
     if now > wrong:
         return Verdict(
